@@ -1,0 +1,184 @@
+"""A run as one HTML page: a pure function, needing nothing but the run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fixtures.core.measurement import Measurement, readable
+from fixtures.core.results import Outcome, Result, Run
+from reports import verdict
+from reports.heatmap import heatmap
+
+LARGEST = 6_000_000  # bytes of a page
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_BADGES: dict[Outcome, tuple[str, str]] = {  # a sign and a word, so that none speaks by colour alone
+    "passed": ("✓", "ok"),
+    "failed": ("✗", "failed"),
+    "error": ("!", "error"),
+    "xfailed": ("≈", "known bad"),
+    "xpassed": ("?", "no longer bad"),
+    "skipped": ("○", "skipped"),
+}
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """How much of each table and message a page shows; the rest is in results.json."""
+
+    rows: int
+    characters: int
+
+
+_BUDGETS = (_Budget(2000, 20_000), _Budget(500, 4000), _Budget(100, 1000), _Budget(20, 400), _Budget(0, 200))
+
+
+def render(run: Run) -> str:
+    """The report on ``run`` as one page without outside parts; what exceeds ``LARGEST`` bytes is left out."""
+    template = _environment().get_template("report.html")
+    context = _context(run)
+    page = ""
+    for budget in _BUDGETS:
+        page = template.render(context, budget=budget).lstrip()
+        if len(page.encode(errors="replace")) <= LARGEST:
+            break
+    return page
+
+
+def _context(run: Run) -> dict[str, Any]:
+    found = verdict.verdicts(run)
+    of_targets = [r for r in run.results if r.target_id]
+    return {
+        "run": run,
+        "headline": _headline(found),
+        "verdicts": found,
+        "suites": verdict.suites(of_targets),
+        "own": verdict.own(run.results),
+        "unrun": _unrun(run.results),
+        "anchors": _anchors(run.results),
+        "script_digest": _digest("report.js"),
+    }
+
+
+def _headline(found: list[verdict.Verdict]) -> str:
+    if not found:
+        return "No target was checked"
+    counts = {word: sum(v.word == word for v in found) for word in ("proved", "disproved", "incomplete")}
+    said = [f"{count} {word}" for word, count in counts.items() if count]
+    return f"{verdict.counted(len(found), 'target')}: {', '.join(said)}"
+
+
+def _unrun(results: Iterable[Result]) -> list[tuple[str, list[Result]]]:
+    """Skipped checks by reason, the commonest first."""
+    reasons: defaultdict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        if result.outcome == "skipped":
+            reasons[result.message or "no reason given"].append(result)
+    return sorted(reasons.items(), key=lambda item: -len(item[1]))
+
+
+def _anchors(results: Iterable[Result]) -> dict[str, str]:
+    """A fragment for every check, readable and unique."""
+    anchors: dict[str, str] = {}
+    taken: set[str] = set()
+    for result in results:
+        name = wanted = slug(f"{result.suite}-{result.id.rsplit('::', 1)[-1]}")
+        again = 1
+        while name in taken:
+            again += 1
+            name = f"{wanted}-{again}"
+        taken.add(name)
+        anchors[result.id] = name
+    return anchors
+
+
+def slug(text: str) -> str:
+    """``text`` as it can stand in an address: letters, digits, ``_``, ``.`` and ``-``."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-")
+
+
+def shown(value: object) -> str:
+    """A table's cell as a person reads it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return readable(value) if isinstance(value, int | float) else str(value)
+
+
+def margin_text(measurement: Measurement) -> str:
+    """How far from its bound a value is, in words: ``38 % inside``."""
+    bound, share = measurement.bound, verdict.margin(measurement)
+    if bound is None:
+        return ""
+    if share is None:
+        return "not a number" if math.isnan(measurement.value) else "-"
+    if share == 0:
+        return "exact" if bound.kind == "equal_to" else "at the bound"
+    return f"{verdict.percent(share)} {'inside' if share > 0 else 'beyond'}"
+
+
+def used(measurement: Measurement) -> int | None:
+    """How much of the room up to the bound is used, in percent, for a bar; None where that means nothing."""
+    bound, share = measurement.bound, verdict.margin(measurement)
+    if share is None or bound is None or bound.kind == "equal_to":
+        return None
+    return round(100 * min(max(1 - share, 0.0), 1.0))
+
+
+def shortened(text: str, characters: int) -> str:
+    """``text``, cut where it is longer than ``characters``."""
+    return text if len(text) <= characters else f"{text[:characters]}\n[... the rest is in results.json ...]"
+
+
+def duration(seconds: object) -> str:
+    """Seconds as a person reads them: ``4 min 10 s``."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return str(seconds)
+    if seconds < 0.01:
+        return "< 0.01 s"
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["mapping"] = lambda value: isinstance(value, Mapping)
+    environment.filters |= {
+        "cell": verdict.cell,
+        "duration": duration,
+        "heatmap": heatmap,
+        "margin": margin_text,
+        "shortened": shortened,
+        "shown": shown,
+        "slug": slug,
+        "used": used,
+        "worst": verdict.worst,
+    }
+    environment.globals |= {"badges": _BADGES, "counted": verdict.counted, "suites_of": verdict.suites}
+    return environment
+
+
+def _digest(script: str) -> str:
+    """What the page's Content-Security-Policy names its one script by, so that no other can run."""
+    source = _environment().get_template(script).render()
+    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

@@ -1,0 +1,87 @@
+"use strict";
+{
+  const checks = [...document.querySelectorAll(".check")];
+  const groups = [...document.querySelectorAll(".suite"), ...document.querySelectorAll(".target")];
+  const form = document.querySelector(".filter");
+  const words = new Map();
+
+  // What the text filter looks in: all but the rows of big tables.
+  const wordsOf = (check) => {
+    if (!words.has(check)) {
+      const parts = check.querySelectorAll("summary, pre, .measurements, .where");
+      words.set(check, [...parts].map((part) => part.textContent).join(" ").toLowerCase());
+    }
+    return words.get(check);
+  };
+
+  const filter = () => {
+    const outcome = form.elements.outcome.value;
+    const text = form.elements.text.value.trim().toLowerCase();
+    let shown = 0;
+    for (const check of checks) {
+      const fits = outcome === "all" || outcome.split(" ").includes(check.dataset.outcome);
+      check.hidden = !(fits && wordsOf(check).includes(text));
+      shown += !check.hidden;
+    }
+    for (const group of groups) group.hidden = !group.querySelector(".check:not([hidden])");
+    form.querySelector("output").textContent = `${shown} of ${checks.length} checks`;
+  };
+
+  form.hidden = false;
+  form.addEventListener("input", filter);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  filter();
+
+  // A link to a check opens it, and shows it whatever the filter says.
+  const reveal = () => {
+    const found = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!found) return;
+    if (found.closest("[hidden]")) {
+      form.reset();
+      filter();
+    }
+    for (let at = found; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+    found.scrollIntoView();
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
+
+  // Click a column's header to sort by it; numbers as numbers, what has no value last.
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const body = table.tBodies[0];
+    for (const header of table.tHead.rows[0].cells) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = header.textContent;
+      header.replaceChildren(button);
+      header.setAttribute("aria-sort", "none");
+      button.addEventListener("click", () => {
+        const down = header.getAttribute("aria-sort") === "descending";
+        for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
+        header.setAttribute("aria-sort", down ? "ascending" : "descending");
+        const direction = down ? 1 : -1;
+        const keyed = [...body.rows].map((row) => {
+          const text = row.cells[header.cellIndex]?.textContent.trim() ?? "";
+          return { row, text, number: text === "" ? NaN : Number(text) };
+        });
+        keyed.sort((a, b) => {
+          const [none, other] = [a.text === "-" || a.text === "", b.text === "-" || b.text === ""];
+          if (none || other) return none - other;
+          if (!isNaN(a.number) && !isNaN(b.number)) return direction * (a.number - b.number);
+          return direction * a.text.localeCompare(b.text, "en", { numeric: true });
+        });
+        body.append(...keyed.map(({ row }) => row));
+      });
+    }
+  }
+
+  // On paper, every check is open; tables of data stay as they are.
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll(".check:not([open]), .own:not([open]), .reason:not([open])")];
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of opened) details.open = false;
+  });
+}

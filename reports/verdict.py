@@ -1,0 +1,183 @@
+"""What the checks of a target amount to: proved, disproved, or not enough to tell."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from fixtures.core.measurement import Measurement
+from fixtures.core.results import Outcome, Result, Run
+
+Word = Literal["proved", "disproved", "incomplete"]
+
+_ORDER = ("coverage", "roundtrip", "calibration", "parity", "memory", "throughput", "serving")
+_LABELS: dict[Outcome, str] = {  # the worst first
+    "failed": "FAILED",
+    "error": "ERROR",
+    "xpassed": "no longer bad",
+    "xfailed": "known bad",
+    "skipped": "skipped",
+    "passed": "ok",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one target, and the results that it follows from."""
+
+    target: str
+    results: tuple[Result, ...]
+    unheard: tuple[str, ...] = ()  # test modules that could not be collected, whose say is unknown
+
+    @property
+    def word(self) -> Word:
+        """``disproved`` by any failure; ``proved`` only by bounds that hold, with nothing left out."""
+        if self.failures:
+            return "disproved"
+        return "incomplete" if self.gaps else "proved"
+
+    def __str__(self) -> str:
+        match self.word:
+            case "disproved":
+                return "DISPROVED"
+            case "incomplete":
+                return f"incomplete ({', '.join((*self.gaps, *self._known_bad))})"
+            case "proved":
+                return ", ".join(("proved", *self._known_bad))
+
+    @cached_property
+    def failures(self) -> tuple[Result, ...]:
+        """What disproves the target: failed checks, and passed ones whose own numbers say otherwise.
+
+        An error is no disproof: it tells of the run rather than of the checkpoint.
+        """
+        return tuple(
+            r for r in self.results if r.outcome == "failed" or (r.outcome == "passed" and broken(r))
+        )
+
+    @cached_property
+    def gaps(self) -> tuple[str, ...]:
+        """What keeps the target from being proved although nothing disproves it."""
+        tally = Counter(r.outcome for r in self.results)
+        gaps = [f"{module} was not collected" for module in self.unheard]
+        gaps += [counted(tally["error"], "error")] if tally["error"] else []
+        gaps += [f"{tally['xpassed']} no longer bad"] if tally["xpassed"] else []
+        gaps += [f"{tally['skipped']} skipped"] if tally["skipped"] else []
+        if not self.held:
+            judged = any(m.bound for r in self.results for m in r.measurements)
+            gaps.append("no bound was held" if judged else "nothing was compared")
+        return tuple(gaps)
+
+    @cached_property
+    def held(self) -> tuple[Measurement, ...]:
+        """Measurements of passed checks that hold against a bound."""
+        return tuple(m for r in self.results if r.outcome == "passed" for m in r.measurements if m.holds)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one sentence, with the number that matters most."""
+        checks = counted(len(self.results), "check")
+        match self.word:
+            case "disproved":
+                first = self.failures[0]
+                why = next((str(m) for m in broken(first)), _first_line(first.message) or first.check)
+                return f"is disproved: {len(self.failures)} of {checks} failed ({why})."
+            case "incomplete":
+                return f"is neither proved nor disproved by {checks}: {', '.join(self.gaps)}."
+            case "proved":
+                but = f", but for {self._known_bad[0]}" if self._known_bad else ""
+                passed = counted(sum(r.outcome == "passed" for r in self.results), "check")
+                return f"is proved{but}: {_held(len(self.held))} in {passed}{self._tightest}."
+
+    @property
+    def _tightest(self) -> str:
+        margins = [(m, margin(m)) for m in self.held if m.bound and m.bound.kind != "equal_to"]
+        known = [(share, m.quantity) for m, share in margins if share is not None]
+        if not known:
+            return ""
+        share, quantity = min(known)
+        return f"; the tightest, {quantity}, by {percent(share)}"
+
+    @property
+    def _known_bad(self) -> tuple[str, ...]:
+        count = sum(r.outcome == "xfailed" for r in self.results)
+        return (f"{count} known bad",) if count else ()
+
+
+def verdicts(run: Run) -> list[Verdict]:
+    """A verdict on each target of the run, in the order in which they appear."""
+    unheard = tuple(r.id for r in run.results if r.outcome == "error" and "::" not in r.id)
+    targets = dict.fromkeys(r.target_id for r in run.results if r.target_id)
+    return [
+        Verdict(target, tuple(r for r in run.results if r.target_id == target), unheard) for target in targets
+    ]
+
+
+def suites(results: Iterable[Result]) -> list[str]:
+    """The suites of ``results``: from what a checkpoint is to how it serves, then the others as they come."""
+    names = list(dict.fromkeys(r.suite for r in results))
+    return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
+def cell(results: Iterable[Result]) -> str:
+    """Results counted, the worst first: ``1 FAILED, 11 ok``; a dash where there are none."""
+    tally = Counter(r.outcome for r in results)
+    return ", ".join(f"{tally[o]} {label}" for o, label in _LABELS.items() if tally[o]) or "-"
+
+
+def worst(results: Iterable[Result]) -> Outcome | None:
+    """The worst outcome among ``results``."""
+    outcomes = {r.outcome for r in results}
+    return next((o for o in _LABELS if o in outcomes), None)
+
+
+def broken(result: Result) -> list[Measurement]:
+    """The measurements whose bound does not hold."""
+    return [m for m in result.measurements if m.holds is False]
+
+
+def margin(measurement: Measurement) -> float | None:
+    """How far inside its bound a value is, as a share of the bound; negative when beyond it.
+
+    None where there is no bound, or none that a share can be taken of (zero, infinite), or no value.
+    """
+    bound, value = measurement.bound, measurement.value
+    if bound is None or not math.isfinite(value) or not math.isfinite(bound.limit) or bound.limit == 0:
+        return None
+    inside = {
+        "at_most": bound.limit - value,
+        "at_least": value - bound.limit,
+        "equal_to": -abs(value - bound.limit),
+    }[bound.kind]
+    return inside / abs(bound.limit)
+
+
+def percent(share: float) -> str:
+    """A share as a person reads it, without its sign."""
+    amount = abs(share) * 100
+    if 0 < amount < 0.1:
+        return "< 0.1 %"
+    return f"{amount:.0f} %" if amount >= 10 or amount == 0 else f"{amount:.1f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 check``, ``2 checks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def own(results: Sequence[Result]) -> list[Result]:
+    """Results about no target: the suite's own tests."""
+    return [r for r in results if not r.target_id]
+
+
+def _held(number: int) -> str:
+    return "the one bound holds" if number == 1 else f"all {number} bounds hold"
+
+
+def _first_line(text: str) -> str:
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= 120 else f"{line[:117]}..."
