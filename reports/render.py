@@ -121,10 +121,12 @@ def margin_text(measurement: Measurement) -> str:
     bound, share = measurement.bound, verdict.margin(measurement)
     if bound is None:
         return ""
-    if share is None:
-        return "not a number" if math.isnan(measurement.value) else "-"
-    if share == 0:
+    if measurement.value == bound.limit:
         return "exact" if bound.kind == "equal_to" else "at the bound"
+    if share is None:  # no value, or a bound of zero
+        return (
+            "not a number" if math.isnan(measurement.value) else "inside" if measurement.holds else "beyond"
+        )
     return f"{verdict.percent(share)} {'inside' if share > 0 else 'beyond'}"
 
 
@@ -154,6 +156,12 @@ def duration(seconds: object) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def moment(started: object) -> str:
+    """A time in ISO 8601 as a person reads it; anything else as it is."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d)?(\+00:00|Z)", str(started))
+    return f"{match[1]} {match[2]} UTC" if match else str(started)
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -167,7 +175,9 @@ def _environment() -> jinja2.Environment:
         "cell": verdict.cell,
         "duration": duration,
         "heatmap": heatmap,
+        "key": verdict.key,
         "margin": margin_text,
+        "moment": moment,
         "shortened": shortened,
         "shown": shown,
         "slug": slug,

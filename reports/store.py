@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,7 +78,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
-    if isinstance(value, int):
+    if isinstance(value, Integral):  # NumPy registers its own
         return int(value)
     if hasattr(value, "__float__"):
         try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ATTRIBUTE = "quantproof"  # of a test report; plain JSON, so that it survives the way from an xdist worker
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_EXCEPTION = re.compile(r"\A[\w.]*(?:Error|Failed): ")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)\s+(?=[A-Z`'\"(])")
 _XPASS = "[XPASS(strict)] "
 _LONGEST = 20_000  # characters of a message; a traceback through a model can be endless
@@ -98,11 +99,11 @@ def _raised(report: pytest.TestReport | pytest.CollectReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         return _longrepr(report)
-    return _ANSI.sub("", crash.message).removeprefix("AssertionError: ").removeprefix("Failed: ")
+    return _EXCEPTION.sub("", _ANSI.sub("", crash.message))
 
 
 def _longrepr(report: pytest.TestReport | pytest.CollectReport) -> str:
-    return _ANSI.sub("", report.longreprtext)
+    return _ANSI.sub("", str(report.longrepr or ""))  # longreprtext would say which xdist worker it was
 
 
 def _shortened(text: str) -> str:

@@ -140,6 +140,13 @@ def broken(result: Result) -> list[Measurement]:
     return [m for m in result.measurements if m.holds is False]
 
 
+def key(result: Result) -> Measurement | None:
+    """The measurement that says most about a check: one beyond its bound, else the one nearest to it."""
+    judged = [m for m in result.measurements if m.bound is not None]
+    nearest = sorted(judged, key=lambda m: math.inf if (share := margin(m)) is None else share)
+    return next(iter((*broken(result), *nearest, *result.measurements)), None)
+
+
 def margin(measurement: Measurement) -> float | None:
     """How far inside its bound a value is, as a share of the bound; negative when beyond it.
 
@@ -161,7 +168,7 @@ def percent(share: float) -> str:
     amount = abs(share) * 100
     if 0 < amount < 0.1:
         return "< 0.1 %"
-    return f"{amount:.0f} %" if amount >= 10 or amount == 0 else f"{amount:.1f} %"
+    return f"{amount:.0f} %" if amount >= 9.95 or amount == 0 else f"{amount:.1f} %"
 
 
 def counted(number: int, noun: str) -> str:

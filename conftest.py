@@ -1,0 +1,11 @@
+"""The list of pytest plugins, nothing else."""
+
+pytest_plugins = [
+    "pytester",
+    "fixtures.options",
+    "fixtures.expected",
+    "fixtures.checkpoints",
+    "fixtures.engines_under_test",
+    "fixtures.verifying",
+    "reports.plugin",
+]

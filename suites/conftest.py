@@ -1,0 +1,51 @@
+"""What several checks of one suite look at is read once per target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from fixtures.adapters import Adapter
+from fixtures.audit.coverage import LinearState, linear_states
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import LinearError, audit_linears
+from fixtures.audit.search_gain import GroupLoss
+from fixtures.audit.search_gain import group_losses as measure_group_losses
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.samples import Sample
+from fixtures.engines.loading import compute_dtype, load_model, load_processor
+from fixtures.options import Selection
+from fixtures.quantizers import calibration
+from fixtures.quantizers.layers import Progress
+
+GAIN_SAMPLES = 16  # held-out samples per modality for the search's gain
+
+
+@pytest.fixture(scope="session")
+def linear_errors(pair: Pair, progress: Progress) -> list[LinearError]:
+    """Every quantized linear of the decoder, held against its reference."""
+    return list(audit_linears(pair, progress))
+
+
+@pytest.fixture(scope="session")
+def linears(pair: Pair) -> list[LinearState]:
+    """What became of every linear of the reference, from headers alone."""
+    return linear_states(pair)
+
+
+@pytest.fixture(scope="session")
+def group_losses(
+    pair: Pair,
+    reference: Checkpoint,
+    adapter: Adapter,
+    selection: Selection,
+    evaluation_samples: Callable[[str], Sequence[Sample]],
+) -> list[GroupLoss]:
+    """The output error of every scaling group on held-out samples of every modality, and RTN's."""
+    device = selection.device
+    model = load_model(reference, adapter, compute_dtype(reference, device), device)
+    samples = [s for modality in selection.modalities_of(adapter) for s in evaluation_samples(modality)[:GAIN_SAMPLES]]
+    batches = calibration.batches(adapter, load_processor(reference), samples)
+    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    return list(measure_group_losses(pair, model, moved))

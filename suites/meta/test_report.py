@@ -1,0 +1,664 @@
+"""The report: what the suites found reaches disk, page and terminal whole; silence proves nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures.core.errors import UserError
+from fixtures.core.measurement import Bound, Measurement
+from fixtures.core.results import Outcome, Result, Run, Table
+from reports import store, terminal
+from reports.__main__ import main
+from reports.heatmap import heatmap
+from reports.render import LARGEST, margin_text, render
+from reports.verdict import margin, verdicts
+
+ROOT = Path(__file__).parents[2]
+GOOD = Measurement("mean token KL", 0.0124, "nats", Bound("at_most", 0.02))
+BAD = Measurement("mean token KL", 0.314, "nats", Bound("at_most", 0.02), "rain.wav, token 17")
+NOTHING = Measurement("mean token KL", math.nan, "nats", Bound("at_most", 0.02))
+FLOOR = Measurement("noise floor", 1.5e-6, "nats")
+
+
+def result(outcome: Outcome = "passed", *measurements: Measurement, **more: Any) -> Result:
+    """A result about the target ``qwen2_5_vl-tiny-awq``, or as ``more`` says."""
+    target = {"family": "qwen2_5_vl", "size": "tiny", "quantizer": more.pop("quantizer", "awq")}
+    given: dict[str, Any] = {
+        "id": "suites/test_parity.py::test_parity[qwen2_5_vl-tiny-awq]",
+        "target": target,
+    }
+    return Result(**{"outcome": outcome, "requirement": "", "measurements": measurements, **given, **more})
+
+
+def verdict(*results: Result) -> str:
+    """The verdict on the one target of ``results``."""
+    (found,) = verdicts(Run({}, results))
+    return str(found)
+
+
+class Page(HTMLParser):
+    """The tags, ids and attributes of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def all(self, name: str) -> list[str | None]:
+        return [value for key, value in self.attributes if key == name]
+
+
+# On disk
+
+
+def test_round_trip(tmp_path):
+    """A run read back is the run that was written."""
+    table = Table("Error per layer", ("layer", "linear", "error"), ((0, "q_proj", 0.5), (1, "q_proj", None)))
+    run = Run(
+        {"seed": 1, "versions": {"vllm": None}},
+        (
+            result("passed", GOOD, FLOOR, modality="image", tables=(table,), seconds=1.5),
+            result("failed", BAD, message="mean token KL: ...", id="suites/test_parity.py::test_b"),
+            Result("suites/meta/test_metrics.py::test_c", "skipped", "It is right.", message="why"),
+        ),
+    )
+
+    store.save(run, tmp_path / "results.json")
+
+    assert store.load(tmp_path / "results.json") == run
+
+
+def test_shape_on_disk(tmp_path):
+    """results.json has the keys that readers elsewhere rely on."""
+    store.save(Run({"seed": 1}, (result("passed", GOOD),)), tmp_path / "results.json")
+
+    data = json.loads((tmp_path / "results.json").read_text())
+
+    assert set(data) == {"schema", "run", "results"}
+    assert (data["schema"], data["run"]) == (1, {"seed": 1})
+    assert data["results"][0]["target"] == {"family": "qwen2_5_vl", "size": "tiny", "quantizer": "awq"}
+    assert data["results"][0]["measurements"] == [
+        {
+            "quantity": "mean token KL",
+            "value": 0.0124,
+            "unit": "nats",
+            "bound": {"at_most": 0.02},
+            "holds": True,
+            "detail": "",
+        }
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_value(tmp_path, value):
+    """A value that is no finite number is written as null, strictly JSON, and never holds when read back."""
+    measured = Measurement("ratio", value, "", Bound("at_least", 1.0))
+    table = Table("t", ("x",), ((value,),))
+    store.save(Run({"x": value}, (result("passed", measured, tables=(table,)),)), tmp_path / "results.json")
+
+    text = (tmp_path / "results.json").read_text()
+    read = store.load(tmp_path / "results.json").results[0]
+
+    assert "NaN" not in text and "Infinity" not in text
+    assert read.measurements[0].holds is False
+    assert read.tables[0].rows == ((None,),)
+
+
+def test_scalars_become_plain():
+    """NumPy's scalars become JSON's, so that a fixture need not convert what it measured."""
+    np = pytest.importorskip("numpy", reason="no NumPy: pip install numpy")
+    given = {1: (np.float32(0.5), np.int64(3), np.bool_(True), np.float64("nan")), "path": Path("a")}
+
+    assert json.dumps(store.plain(given)) == '{"1": [0.5, 3, true, null], "path": "a"}'
+
+
+def test_failing_write_spares_the_old_file(tmp_path, monkeypatch):
+    """A write that fails leaves the earlier report whole, and no draft beside it."""
+    path = tmp_path / "results.json"
+    store.save(Run({"seed": 1}), path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*results\.json: No space left"):
+        store.save(Run({"seed": 2}), path)
+
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+ENTRY = {"id": "a.py::t", "outcome": "passed", "measurements": []}
+MEASURED = {"quantity": "q", "value": 1, "unit": "", "bound": {"at_mots": 1}, "holds": True, "detail": ""}
+
+
+@pytest.mark.parametrize("command", ["show", "render"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "No such file"),
+        ("", "not JSON"),
+        ("\ud800", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a results.json"),
+        ('{"schema": 2}', "schema 2"),
+        ('{"schema": 1}', "no 'run'"),
+        ('{"schema": 1, "run": 3, "results": []}', "'run' is not an object"),
+        ('{"schema": 1, "run": {}, "results": [{}]}', "no 'id'"),
+        ('{"schema": 1, "run": {}, "results": ["x"]}', "not a results.json"),
+        ([ENTRY | {"outcome": "fine"}], "unknown outcome 'fine'"),
+        ([ENTRY | {"target": {"family": "x"}}], "no 'size'"),
+        ([ENTRY | {"seconds": "long"}], "wrong type in 'a.py::t'"),
+        ([ENTRY | {"id": 3}], "not a results.json"),
+        ([ENTRY | {"measurements": [MEASURED]}], "unknown bound 'at_mots'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) and len(value) < 40 else "",
+)
+def test_bad_input(tmp_path, capsys, command, text, reason):
+    """A file that is no results.json is refused in one line that names it, with exit code 2."""
+    path = tmp_path / "results.json"
+    if isinstance(text, list):
+        text = json.dumps({"schema": 1, "run": {}, "results": text})
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogatepass"))
+
+    code = main([command, str(path)])
+
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.count("\n") == 1 and said.startswith("reports: ")
+    assert str(path) in said and reason in said
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_command_line(tmp_path, capsys):
+    """``python -m reports`` prints the verdicts of a results.json and renders its page where it is told."""
+    store.save(Run({}, (result("passed", GOOD),)), tmp_path / "results.json")
+
+    assert main(["show", str(tmp_path / "results.json")]) == 0
+    assert "proved" in capsys.readouterr().out
+    assert main(["render", str(tmp_path / "results.json"), "-o", str(tmp_path / "sub" / "page.html")]) == 0
+    assert (tmp_path / "sub" / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+
+# The verdict
+
+
+def test_proved():
+    """A target is proved when bounds hold and nothing is left out."""
+    assert verdict(result("passed", GOOD, FLOOR), result("passed")) == "proved"
+
+
+def test_proved_with_known_bad():
+    """A known bad check neither disproves a target nor goes unsaid."""
+    assert verdict(result("passed", GOOD), result("xfailed", BAD)) == "proved, 1 known bad"
+
+
+def test_disproved():
+    """One failure disproves a target, whatever else holds, is skipped or erred."""
+    others = (result("passed", GOOD), result("skipped"), result("error"), result("xfailed", BAD))
+    assert verdict(*others, result("failed", BAD)) == "DISPROVED"
+
+
+@pytest.mark.parametrize("measured", [BAD, NOTHING], ids=["beyond", "nan"])
+def test_numbers_outrank_the_outcome(measured):
+    """A check that passed although its own bound does not hold disproves its target."""
+    assert verdict(result("passed", GOOD, measured)) == "DISPROVED"
+
+
+@pytest.mark.parametrize(
+    ("results", "gaps"),
+    [
+        ([result("skipped")], "1 skipped, nothing was compared"),
+        ([result("passed")], "nothing was compared"),
+        ([result("passed", FLOOR)], "nothing was compared"),
+        ([result("xfailed", BAD)], "no bound was held, 1 known bad"),
+        ([result("xfailed", GOOD)], "no bound was held, 1 known bad"),
+        ([result("passed", GOOD), result("skipped")], "1 skipped"),
+        ([result("passed", GOOD), result("error"), result("error")], "2 errors"),
+        ([result("passed", GOOD), result("xpassed", GOOD)], "1 no longer bad"),
+    ],
+)
+def test_incomplete(results, gaps):
+    """A target that nothing disproves is not proved either while checks lack or nothing was compared."""
+    assert verdict(*results) == f"incomplete ({gaps})"
+
+
+def test_uncollected_module():
+    """While a test module cannot be collected, no target is proved: nobody knows what it would have said."""
+    lost = Result("suites/test_roundtrip.py", "error", "It can be collected.")
+    assert verdict(result("passed", GOOD), lost) == "incomplete (suites/test_roundtrip.py was not collected)"
+
+
+def test_verdicts_keep_targets_apart():
+    """A failure of one target says nothing of another."""
+    run = Run({}, (result("passed", GOOD), result("failed", BAD, quantizer="rtn")))
+    assert [(v.target, str(v)) for v in verdicts(run)] == [
+        ("qwen2_5_vl-tiny-awq", "proved"),
+        ("qwen2_5_vl-tiny-rtn", "DISPROVED"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "value", "share", "text"),
+    [
+        ("at_most", 0.02, 0.005, 0.75, "75 % inside"),
+        ("at_most", 0.02, 0.03, -0.5, "50 % beyond"),
+        ("at_least", 3.0, 3.3, 0.1, "10 % inside"),
+        ("at_least", -2.0, -3.0, -0.5, "50 % beyond"),
+        ("at_most", 2.0, 2.0, 0.0, "at the bound"),
+        ("equal_to", 7.0, 7.0, 0.0, "exact"),
+        ("equal_to", 8.0, 7.0, -0.125, "12 % beyond"),
+        ("equal_to", 0.0, 0.0, None, "exact"),
+        ("at_most", 0.0, 1.0, None, "beyond"),
+        ("at_most", 1.0, math.nan, None, "not a number"),
+    ],
+)
+def test_margin(kind, limit, value, share, text):
+    """A margin is the share of the bound between it and the value, negative beyond the bound."""
+    measured = Measurement("q", value, "", Bound(kind, limit))
+    assert margin(measured) == (None if share is None else pytest.approx(share))
+    assert margin_text(measured) == text
+
+
+# In the terminal
+
+
+def test_table():
+    """The terminal shows a row per target and a column per suite, and what is about no target apart."""
+    own = Result("suites/meta/test_metrics.py::test_kl", "passed", "")
+    coverage = "suites/test_coverage.py::test_linears[qwen2_5_vl-tiny-awq]"
+    run = Run(
+        {},
+        (
+            result("passed", GOOD),
+            result("failed", BAD),
+            result("passed", GOOD, id=coverage),
+            result("xfailed", BAD, quantizer="rtn"),
+            result("passed", GOOD, quantizer="rtn"),
+            own,
+        ),
+    )
+
+    assert terminal.text(run).splitlines() == [
+        "target               coverage  parity             verdict",
+        "qwen2_5_vl-tiny-awq  1 ok      1 FAILED, 1 ok     DISPROVED",
+        "qwen2_5_vl-tiny-rtn  -         1 known bad, 1 ok  proved, 1 known bad",
+        "about no target: 1 ok",
+    ]
+    assert max(map(len, terminal.text(run, width=50).splitlines())) <= 50
+
+
+def test_no_target():
+    """A run about no target says so."""
+    assert terminal.text(Run({})) == "No target was checked."
+
+
+# The page
+
+
+def test_page_escapes():
+    """Nothing that a run says can put markup or a script into its page."""
+    evil = "<script>alert(1)</script>\"' onmouseover=alert(1) <img src=x> javascript:alert(1)"
+    measured = Measurement(evil, 1.0, evil, Bound("at_most", 2.0), evil)
+    tables = (
+        Table(evil, (evil, "b"), ((evil, 1.0),)),
+        Table("Error per layer", ("layer", "linear", evil), ((evil, evil, 0.5), (f"{evil}.1", evil, 0.7))),
+    )
+    more = {"requirement": evil, "modality": evil, "message": evil, "tables": tables}
+    results = [
+        result(outcome, measured, id=f"{evil}.py::test[{evil}]{outcome}", quantizer=evil, **more)
+        for outcome in ("passed", "failed", "skipped", "xfailed", "error")
+    ]
+    results.append(Result(f"{evil}::own", "failed", evil, measurements=(measured,)))
+    facts = {evil: evil}
+    about = {key: evil for key in ("started", "seconds", "command", "seed", "exit_status")}
+    about |= {key: facts for key in ("machine", "versions", "deselected")}
+    about |= {"subjects": {evil: facts}, "git": {"commit": evil, "dirty": True}}
+
+    page = Page(render(Run(about, results)))
+
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert all(href is not None and href.startswith(("#", "data:,")) for href in page.all("href"))
+
+
+def test_page_is_self_contained():
+    """The page fetches nothing: no outside script, style, font or image."""
+    html = render(Run({}, (result("passed", GOOD),)))
+    page = Page(html)
+
+    assert not page.all("src") and "@import" not in html and "url(" not in html
+    assert "default-src 'none'" in html
+
+
+def test_page_anchors():
+    """Every check has an anchor of its own, and every link in the page leads somewhere."""
+    alike = ("test_a[x y]", "test_a[x-y]", "test_a[x/y]")
+    run = Run({}, [result("skipped", id=f"suites/test_parity.py::{name}", message="why") for name in alike])
+    page = Page(render(run))
+    ids = page.all("id")
+
+    assert len(ids) == len(set(ids))
+    assert {href[1:] for href in page.all("href") if href and href.startswith("#")} <= set(ids)
+
+
+def test_page_tells():
+    """The page carries verdicts, numbers with bound and margin, messages, versions and what was not run."""
+    run = Run(
+        {"versions": {"torch": "2.9.1", "vllm": None}, "deselected": {"suites/test_memory.py": 4}},
+        (
+            result("failed", BAD, requirement="Answers stay close.", message="worst: rain.wav"),
+            result(
+                "skipped",
+                id="suites/test_serving.py::test_s",
+                message="vLLM is not installed: pip install vllm",
+            ),
+        ),
+    )
+    html = render(run)
+
+    for said in (
+        "is disproved: 1 of 2 checks failed (mean token KL: 0.314 nats, must be at most 0.02 nats).",
+        "1470 % beyond",
+        "rain.wav, token 17",
+        "Answers stay close.",
+        "worst: rain.wav",
+        "2.9.1",
+        "not installed",
+        "vLLM is not installed: pip install vllm",
+        "4 in <code>suites/test_memory.py</code>",
+    ):
+        assert said in html
+
+
+@pytest.mark.parametrize("tables", [1, 12])
+def test_page_size(tables):
+    """Twelve targets with thousand-row tables make a page of at most 6 MB that says where the rest is."""
+    rows = tuple((f"model.layers.{i // 7}", f"linear_{i % 7}", i / 7e3, i, "awq_gemm") for i in range(1000))
+    table = Table("Error per layer", ("layer", "linear", "error", "count", "format"), rows)
+    run = Run({}, [result("passed", GOOD, quantizer=f"q{i}", tables=(table,) * tables) for i in range(12)])
+
+    html = render(run)
+
+    assert len(html.encode()) <= LARGEST
+    assert ("more rows are in results.json" in html) == (tables == 12)
+
+
+def test_heatmap():
+    """A heat map has a row per linear and a column per layer, in numeric order, the worst darkest."""
+    rows = [(f"model.layers.{i}", name, float(i)) for i in (10, 9, 0) for name in ("q_proj", "k_proj")]
+    table = Table("Error per layer", ("layer", "linear", "error"), (*rows, ("visual.blocks.0", "qkv", 4.0)))
+
+    found = heatmap(table)
+
+    assert found is not None
+    text, visual = found.grids
+    assert (text.tower, text.layers) == ("model.layers", ("0", "9", "10"))
+    assert [name for name, _ in text.rows] == ["q_proj", "k_proj"]
+    assert [cell and cell.shade for cell in text.rows[0][1]] == [0, 9, 9]
+    assert visual.rows[0][1][0].title == "visual.blocks 0 qkv: 4"
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (("layer", "error"), (0, 1.0)),
+        (("layer", "linear"), (0, "q")),
+        (("layer", "linear", "error"), (0, "q", None)),
+        (("layer", "linear", "format"), (0, "q", "awq")),
+        (("layer", "linear", "error"), (0, "q")),
+    ],
+)
+def test_no_heatmap(columns, row):
+    """A table without a number per layer and linear is only a table."""
+    assert heatmap(Table("Error per layer", columns, (row,))) is None
+
+
+# The plugin, end to end
+
+SUITE = '''
+"""A suite."""
+import dataclasses
+
+import pytest
+
+from fixtures.core.measurement import Bound, Measurement
+from fixtures.core.results import Table
+from reports.stash import ABOUT, MEASUREMENTS, TABLES
+
+
+@dataclasses.dataclass
+class Target:
+    family: str
+    size: str
+    quantizer: str
+
+    def __str__(self):
+        return f"{self.family}-{self.size}-{self.quantizer}"
+
+
+TARGETS = pytest.mark.parametrize("target", [Target("vl", "tiny", q) for q in ("awq", "rtn")], ids=str)
+
+
+@pytest.fixture
+def say(request):
+    def say(value):
+        said = Measurement("mean token KL", value, "nats", Bound("at_most", 0.5), "worst token")
+        request.node.stash.setdefault(MEASUREMENTS, []).append(said)
+        request.node.stash.setdefault(TABLES, []).append(Table("t", ("layer",), ((1,), (value,))))
+        if not said.holds:
+            raise AssertionError(str(said))
+    return say
+
+
+@pytest.fixture
+def frail():
+    yield
+    raise RuntimeError("could not tidy up")
+
+
+@TARGETS
+@pytest.mark.parametrize("modality", ["text"])
+def test_good(target, modality, say, request):
+    """It is good. More about it.
+
+    At length.
+    """
+    request.config.stash[ABOUT].setdefault("artifacts", {})[str(target)] = "3f9c01"
+    say(0.25)
+
+
+@TARGETS
+def test_bad(target, say):
+    """It is bad on one."""
+    say(0.75 if target.quantizer == "rtn" else float(0))
+
+
+@pytest.mark.skip(reason="no vLLM: pip install vllm")
+def test_unavailable():
+    """It needs vLLM."""
+
+
+@TARGETS
+@pytest.mark.xfail(strict=True, reason="known: https://example.org/1")
+def test_known(target, say):
+    """It is known."""
+    say(0.9 if target.quantizer == "awq" else 0.1)
+
+
+def test_frail(frail):
+    """It cannot tidy up."""
+
+
+def test_unset(no_such_fixture):
+    """It cannot start."""
+
+
+def test_deselected():
+    """Nobody asks."""
+'''
+
+
+@pytest.fixture
+def verify_suite(pytester, monkeypatch):
+    """Run SUITE, or another, with a report; gives pytest's output and results.json."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*arguments: str, suite: str = SUITE) -> tuple[pytest.RunResult, Run]:
+        pytester.makepyfile(test_suite=suite)
+        options = (
+            "-p",
+            "reports.plugin",
+            "--report",
+            "out",
+            "-k",
+            "not deselected",
+            "-p",
+            "no:cacheprovider",
+        )
+        done = pytester.runpytest_subprocess(*options, *arguments)
+        return done, store.load(pytester.path / "out" / "results.json")
+
+    return run
+
+
+@pytest.fixture(params=[(), ("-n", "2")], ids=["one process", "xdist"])
+def workers(request):
+    """Options for a run in one process and over two."""
+    if request.param:
+        pytest.importorskip("xdist", reason="no pytest-xdist: pip install pytest-xdist")
+    return request.param
+
+
+def test_plugin(verify_suite, workers):
+    """Every outcome arrives with requirement, target, measurements and reason, also from xdist's workers."""
+    done, run = verify_suite(*workers)
+    found = {r.id.removeprefix("test_suite.py::"): r for r in run.results}
+
+    assert {name: r.outcome for name, r in found.items()} == {
+        "test_good[text-vl-tiny-awq]": "passed",
+        "test_good[text-vl-tiny-rtn]": "passed",
+        "test_bad[vl-tiny-awq]": "passed",
+        "test_bad[vl-tiny-rtn]": "failed",
+        "test_unavailable": "skipped",
+        "test_known[vl-tiny-awq]": "xfailed",
+        "test_known[vl-tiny-rtn]": "xpassed",
+        "test_frail": "error",
+        "test_unset": "error",
+    }
+    good, bad = found["test_good[text-vl-tiny-awq]"], found["test_bad[vl-tiny-rtn]"]
+    assert (good.requirement, good.modality, good.target_id) == ("It is good.", "text", "vl-tiny-awq")
+    assert good.seconds > 0
+    assert bad.measurements == (
+        Measurement("mean token KL", 0.75, "nats", Bound("at_most", 0.5), "worst token"),
+    )
+    assert bad.tables == (Table("t", ("layer",), ((1,), (0.75,))),)
+    assert bad.message == "mean token KL: 0.75 nats, must be at most 0.5 nats"
+    assert found["test_unavailable"].message == "no vLLM: pip install vllm"
+    assert found["test_known[vl-tiny-awq]"].message.startswith(
+        "known: https://example.org/1\n\nmean token KL: 0.9"
+    )
+    assert "strike it" in found["test_known[vl-tiny-rtn]"].message
+    assert "could not tidy up" in found["test_frail"].message
+    assert "no_such_fixture" in found["test_unset"].message
+    assert run.about["deselected"] == {"test_suite.py": 1}
+    assert run.about["subjects"] == {"artifacts": {"vl-tiny-awq": "3f9c01", "vl-tiny-rtn": "3f9c01"}}
+    assert run.about["exit_status"] == done.ret == 1
+    assert run.about["versions"]["pytest"] == pytest.__version__
+    assert "-p reports.plugin --report out -k 'not deselected'" in run.about["command"]
+
+
+def test_plugin_speaks_in_the_terminal(verify_suite):
+    """The verdict table and the paths of the report end the output, before pytest's own last line."""
+    done, _ = verify_suite()
+
+    done.stdout.fnmatch_lines(
+        [
+            "*= verdict =*",
+            "target *suite *verdict",
+            "vl-tiny-awq *1 known bad, 2 ok *proved, 1 known bad",
+            "vl-tiny-rtn *1 FAILED, 1 no longer bad, 1 ok *DISPROVED",
+            "not asked for: 1 deselected",
+            "*out*results.json",
+            "*out*index.html",
+        ]
+    )
+    assert "2 failed" in done.outlines[-1]
+
+
+def test_plugin_tells_junit(verify_suite, pytester):
+    """JUnit XML carries every measurement as a property of its test."""
+    verify_suite("--junitxml", "junit.xml")
+
+    xml = (pytester.path / "junit.xml").read_text()
+    assert '<property name="mean token KL" value="0.75 nats, must be at most 0.5 nats"' in xml
+
+
+def test_plugin_after_an_early_end(verify_suite, workers):
+    """Checks that a run never came to are reported as not run, so that no target is proved without them."""
+    _, run = verify_suite("--maxfail", "1", *workers)
+
+    unrun = [r for r in run.results if r.message.startswith("not run")]
+    assert len(run.results) == 9
+    assert workers or "test_known[vl-tiny-awq]" in " ".join(r.id for r in unrun)
+    assert all(r.outcome == "skipped" for r in unrun)
+
+
+def test_plugin_without_collection(verify_suite, workers):
+    """A module that cannot be imported is an error in the report, not an absence."""
+    done, run = verify_suite(*workers, suite="import no_such_module")
+
+    (lost,) = run.results
+    assert (lost.id, lost.outcome) == ("test_suite.py", "error")
+    assert "no_such_module" in lost.message
+    assert done.ret != 0
+
+
+def test_plugin_after_a_crash(verify_suite):
+    """A test that kills its worker is an error of its target."""
+    pytest.importorskip("xdist", reason="no pytest-xdist: pip install pytest-xdist")
+    suite = SUITE.replace(
+        "    say(0.25)", "    say(0.25)\n    if target.quantizer == 'awq': import os; os._exit(3)"
+    )
+    _, run = verify_suite("-n", "1", suite=suite)
+
+    (crashed,) = [r for r in run.results if "crashed" in r.message]
+    assert (crashed.outcome, crashed.target_id) == ("error", "vl-tiny-awq")
+
+
+def test_no_report_unless_asked_for(pytester, monkeypatch):
+    """Without ``--report`` nothing is written and nothing is said."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makepyfile("def test_a(): pass")
+
+    done = pytester.runpytest_subprocess("-p", "reports.plugin", "-p", "no:cacheprovider")
+
+    assert "verdict" not in done.stdout.str()
+    assert not list(pytester.path.rglob("results.json"))
+
+
+def test_unwritable_folder(pytester, monkeypatch):
+    """A folder that cannot be written is refused before the first test runs."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makepyfile("def test_a(): pass")
+    (pytester.path / "taken").write_text("a file")
+
+    done = pytester.runpytest_subprocess("-p", "reports.plugin", "--report", "taken")
+
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: --report: cannot write into *taken: *"])

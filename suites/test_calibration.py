@@ -1,0 +1,51 @@
+"""Calibration: what the search for scales and ranges achieved, measured anew on held-out samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from fixtures.audit.search_gain import GroupLoss
+from fixtures.core.limits import Limits
+from fixtures.core.targets import Target
+from fixtures.verifying import Verify
+
+pytestmark = pytest.mark.calibrated
+
+
+def test_search_gain(group_losses: Sequence[GroupLoss], target: Target, limits: Limits, verify: Verify) -> None:
+    """Every scaling group loses no more of its module's output on held-out samples than plain rounding loses."""
+    worst = max(group_losses, key=lambda g: (math.isnan(g.ratio), g.ratio), default=None)
+    logs = [math.log(g.ratio) if g.ratio > 0 else math.nan for g in group_losses]
+    typical = math.exp(sum(logs) / len(logs)) if logs else None
+
+    verify("worst group's loss, of RTN's", worst and worst.ratio,
+           at_most=limits("calibration.worst_group", target.size, target.quantizer), detail=worst.name if worst else "")  # fmt: skip
+    verify("loss of all groups, of RTN's", typical, "geometric mean",
+           at_most=limits("calibration.typical_group", target.size, target.quantizer))  # fmt: skip
+    verify.table(
+        "Search gain per layer", ("layer", "group", "loss of RTN's"), ((g.layer, g.group, g.ratio) for g in group_losses)
+    )
+
+
+@pytest.mark.recorded
+def test_search_record(search_record: Sequence[dict[str, Any]], verify: Verify) -> None:
+    """By its own record, the search never settled for a larger loss than it started from."""
+    scaling = [
+        (index, name, found["exponent"], found["loss"], found["loss rtn"])
+        for index, layer in enumerate(search_record)
+        for name, found in layer["scaling"].items()
+    ]
+    clipping = [
+        (index, name, found["clipped"], found["loss"], found["loss unclipped"])
+        for index, layer in enumerate(search_record)
+        for name, found in layer["clipping"].items()
+    ]
+    for what, found in (("scaling group", scaling), ("clipped linear", clipping)):
+        worse = [f"layer {index}, {name}: {loss:.4g} from {start:.4g}" for index, name, _, loss, start in found if not loss <= start]
+        verify.none_of(f"{what}s that came out worse", worse, among=len(found))
+    verify.table("Scale search", ("layer", "group", "exponent", "loss", "loss of RTN"), scaling)
+    verify.table("Clip search", ("layer", "linear", "clipped share", "loss", "loss unclipped"), clipping)

@@ -1,0 +1,97 @@
+"""Coverage: every linear is accounted for, every other tensor and every setting is the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fixtures.audit import engines_view
+from fixtures.audit.coverage import LinearState, changed_tensors, folded_norms, tower_shares, unaccounted
+from fixtures.audit.pair import Pair
+from fixtures.audit.settings import differing_settings
+from fixtures.core.limits import Limits
+from fixtures.verifying import Verify
+
+
+def test_every_linear(linears: Sequence[LinearState], pair: Pair, verify: Verify) -> None:
+    """Every linear of the architecture is either quantized, or kept for a reason, and never both or neither."""
+    verify.none_of(
+        "linears neither quantized nor kept for a reason",
+        (f"{state.linear.name}: {state.fault}" for state in linears if state.fault),
+        among=len(linears),
+    )
+    quantized = [state for state in linears if state.state == "quantized"]
+    verify("quantized linears", len(quantized), f"of {len(linears)}", at_least=1)
+    columns = ("tower", "linears", "quantized", "parameters", "quantized share", "bytes before", "bytes after", "scheme")
+    verify.table(
+        "Towers",
+        columns,
+        (
+            (s.tower, s.linears, s.quantized, s.parameters, s.quantized_parameters / s.parameters, s.bytes_reference,
+             s.bytes_artifact, str(pair.scheme) if s.quantized else "kept")
+            for s in tower_shares(pair, linears)
+        ),
+    )  # fmt: skip
+    verify.table(
+        "Kept linears",
+        ("linear", "inputs", "outputs", "why"),
+        ((s.linear.name, s.linear.in_features, s.linear.out_features, s.reason) for s in linears if s.reason),
+    )
+
+
+def test_every_tensor(pair: Pair, verify: Verify) -> None:
+    """Every tensor that is not quantized is the reference's, bit for bit; none is lost, none is added."""
+    lost, strange = unaccounted(pair)
+    count = len(pair.reference.stored)
+    verify.none_of("tensors lost", lost, among=count)
+    verify.none_of("tensors that belong to nothing", strange, among=len(pair.artifact.stored))
+    verify.none_of(
+        "tensors changed",
+        (f"{t.name}: {t.elements} elements differ, {t.what}" for t in changed_tensors(pair)),
+        among=count,
+    )
+
+
+def test_folded_norms(pair: Pair, recorded_scales: Mapping[str, Tensor], limits: Limits, verify: Verify) -> None:
+    """A norm in front of quantized linears is the reference's, divided by scales that are positive and as recorded."""
+    norms = list(folded_norms(pair, recorded_scales))
+    broken = [f"{norm.name}: {norm.broken} channels" for norm in norms if norm.broken]
+    verify.none_of("norms that no positive scales explain", broken, among=len(norms))
+    most = max(norms, key=lambda norm: (norm.off_record != norm.off_record, norm.off_record), default=None)
+    verify("norm over reference, off the recorded scales", most and most.off_record, "relative",
+           at_most=limits("coverage.off_record"), detail=most.name if most else "")  # fmt: skip
+
+
+def test_ties(pair: Pair, verify: Verify) -> None:
+    """The head is tied to the embedding exactly where the reference's is."""
+    tied = [bool(c.config.get("tie_word_embeddings", False)) for c in (pair.reference.checkpoint, pair.artifact.checkpoint)]
+    verify("head tied to the embedding", tied[1], equal_to=tied[0], detail="1 is tied, 0 is not")
+    if not tied[0]:
+        verify("heads of its own", "lm_head.weight" in pair.artifact, equal_to=1)
+
+
+def test_skip_list_in_transformers(pair: Pair, verify: Verify) -> None:
+    """transformers makes quantized modules of exactly the linears that the artifact stores as codes."""
+    wrong = engines_view.misjudged(pair, engines_view.transformers_converts(pair, engines_view.skip_list(pair)))
+    verify.none_of("linears that transformers misjudges", [*wrong, *advice(pair, wrong)], among=len(pair.linears))
+
+
+def test_skip_list_in_vllm(pair: Pair, verify: Verify) -> None:
+    """vLLM makes quantized modules of exactly the linears that the artifact stores as codes."""
+    wrong = engines_view.misjudged(pair, engines_view.vllm_converts(pair, engines_view.skip_list(pair)))
+    verify.none_of("linears that vLLM misjudges", [*wrong, *advice(pair, wrong)], among=len(pair.linears))
+
+
+def test_settings(pair: Pair, verify: Verify) -> None:
+    """Config, tokenizer, processor, chat template and generation settings say what the reference's say."""
+    for kind, differences in differing_settings(pair).items():
+        verify.none_of(f"{kind}: settings that differ", differences, among=1)
+
+
+def advice(pair: Pair, wrong: Sequence[str]) -> list[str]:
+    """What to do about a skip list that is read wrongly."""
+    if not wrong:
+        return []
+    have, good = engines_view.skip_list(pair), list(pair.adapter.skip_list)
+    return [f"modules_to_not_convert is {have}; both engines read {good} rightly"]
