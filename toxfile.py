@@ -7,8 +7,8 @@ folder with the same dependencies, so the name must not count.
 from __future__ import annotations
 
 from tox.plugin import impl
-from tox.tox_env.register import ToxEnvRegister
 from tox.tox_env.python.virtual_env.runner import VirtualEnvRunner
+from tox.tox_env.register import ToxEnvRegister
 
 
 class SharedVirtualEnv(VirtualEnvRunner):

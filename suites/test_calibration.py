@@ -22,12 +22,22 @@ def test_search_gain(group_losses: Sequence[GroupLoss], target: Target, limits: 
     logs = [math.log(g.ratio) if g.ratio > 0 else math.nan for g in group_losses]
     typical = math.exp(sum(logs) / len(logs)) if logs else None
 
-    verify("worst group's loss, of RTN's", worst and worst.ratio,
-           at_most=limits("calibration.worst_group", target.size, target.quantizer), detail=worst.name if worst else "")  # fmt: skip
-    verify("loss of all groups, of RTN's", typical, "geometric mean",
-           at_most=limits("calibration.typical_group", target.size, target.quantizer))  # fmt: skip
+    verify(
+        "worst group's loss, of RTN's",
+        worst and worst.ratio,
+        at_most=limits("calibration.worst_group", target.size, target.quantizer),
+        detail=worst.name if worst else "",
+    )
+    verify(
+        "loss of all groups, of RTN's",
+        typical,
+        "geometric mean",
+        at_most=limits("calibration.typical_group", target.size, target.quantizer),
+    )
     verify.table(
-        "Search gain per layer", ("layer", "group", "loss of RTN's"), ((g.layer, g.group, g.ratio) for g in group_losses)
+        "Search gain per layer",
+        ("layer", "group", "loss of RTN's"),
+        ((g.layer, g.group, g.ratio) for g in group_losses),
     )
 
 
@@ -45,7 +55,11 @@ def test_search_record(search_record: Sequence[dict[str, Any]], verify: Verify) 
         for name, found in layer["clipping"].items()
     ]
     for what, found in (("scaling group", scaling), ("clipped linear", clipping)):
-        worse = [f"layer {index}, {name}: {loss:.4g} from {start:.4g}" for index, name, _, loss, start in found if not loss <= start]
+        worse = [
+            f"layer {index}, {name}: {loss:.4g} from {start:.4g}"
+            for index, name, _, loss, start in found
+            if not loss <= start
+        ]
         verify.none_of(f"{what}s that came out worse", worse, among=len(found))
     verify.table("Scale search", ("layer", "group", "exponent", "loss", "loss of RTN"), scaling)
     verify.table("Clip search", ("layer", "linear", "clipped share", "loss", "loss unclipped"), clipping)

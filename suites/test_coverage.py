@@ -23,16 +23,33 @@ def test_every_linear(linears: Sequence[LinearState], pair: Pair, verify: Verify
     )
     quantized = [state for state in linears if state.state == "quantized"]
     verify("quantized linears", len(quantized), f"of {len(linears)}", at_least=1)
-    columns = ("tower", "linears", "quantized", "parameters", "quantized share", "bytes before", "bytes after", "scheme")
+    columns = (
+        "tower",
+        "linears",
+        "quantized",
+        "parameters",
+        "quantized share",
+        "bytes before",
+        "bytes after",
+        "scheme",
+    )
     verify.table(
         "Towers",
         columns,
         (
-            (s.tower, s.linears, s.quantized, s.parameters, s.quantized_parameters / s.parameters, s.bytes_reference,
-             s.bytes_artifact, str(pair.scheme) if s.quantized else "kept")
+            (
+                s.tower,
+                s.linears,
+                s.quantized,
+                s.parameters,
+                s.quantized_parameters / s.parameters,
+                s.bytes_reference,
+                s.bytes_artifact,
+                str(pair.scheme) if s.quantized else "kept",
+            )
             for s in tower_shares(pair, linears)
         ),
-    )  # fmt: skip
+    )
     verify.table(
         "Kept linears",
         ("linear", "inputs", "outputs", "why"),
@@ -59,26 +76,33 @@ def test_folded_norms(pair: Pair, recorded_scales: Mapping[str, Tensor], limits:
     broken = [f"{norm.name}: {norm.broken} channels" for norm in norms if norm.broken]
     verify.none_of("norms that no positive scales explain", broken, among=len(norms))
     most = max(norms, key=lambda norm: (norm.off_record != norm.off_record, norm.off_record), default=None)
-    verify("norm over reference, off the recorded scales", most and most.off_record, "relative",
-           at_most=limits("coverage.off_record"), detail=most.name if most else "")  # fmt: skip
+    verify(
+        "norm over reference, off the recorded scales",
+        most and most.off_record,
+        "relative",
+        at_most=limits("coverage.off_record"),
+        detail=most.name if most else "",
+    )
 
 
 def test_ties(pair: Pair, verify: Verify) -> None:
     """The head is tied to the embedding exactly where the reference's is."""
-    tied = [bool(c.config.get("tie_word_embeddings", False)) for c in (pair.reference.checkpoint, pair.artifact.checkpoint)]
+    tied = [
+        bool(c.config.get("tie_word_embeddings", False)) for c in (pair.reference.checkpoint, pair.artifact.checkpoint)
+    ]
     verify("head tied to the embedding", tied[1], equal_to=tied[0], detail="1 is tied, 0 is not")
     if not tied[0]:
         verify("heads of its own", "lm_head.weight" in pair.artifact, equal_to=1)
 
 
 def test_skip_list_in_transformers(pair: Pair, verify: Verify) -> None:
-    """transformers makes quantized modules of exactly the linears that the artifact stores as codes."""
+    """Transformers makes quantized modules of exactly the linears that the artifact stores as codes."""
     wrong = engines_view.misjudged(pair, engines_view.transformers_converts(pair, engines_view.skip_list(pair)))
     verify.none_of("linears that transformers misjudges", [*wrong, *advice(pair, wrong)], among=len(pair.linears))
 
 
 def test_skip_list_in_vllm(pair: Pair, verify: Verify) -> None:
-    """vLLM makes quantized modules of exactly the linears that the artifact stores as codes."""
+    """VLLM makes quantized modules of exactly the linears that the artifact stores as codes."""
     wrong = engines_view.misjudged(pair, engines_view.vllm_converts(pair, engines_view.skip_list(pair)))
     verify.none_of("linears that vLLM misjudges", [*wrong, *advice(pair, wrong)], among=len(pair.linears))
 

@@ -37,8 +37,13 @@ def test_next_token_distribution(
     kl = torch.cat([metrics.token_kl(a.logits, b.logits) for a, b in pairs])
     case = (target.size, target.quantizer, modality)
 
-    verify("mean token KL", metrics.mean(kl), "nats", at_most=limits("parity.mean_token_kl", *case),
-           detail=worst_token(pairs, kl))  # fmt: skip
+    verify(
+        "mean token KL",
+        metrics.mean(kl),
+        "nats",
+        at_most=limits("parity.mean_token_kl", *case),
+        detail=worst_token(pairs, kl),
+    )
     verify("p99 token KL", metrics.quantile(kl, 0.99), "nats", at_most=limits("parity.p99_token_kl", *case))
     verify("largest token KL", metrics.largest(kl), "nats", at_most=limits("parity.largest_token_kl", *case))
     floor = paired(reference_answers(modality), rounded_answers(modality))
@@ -50,10 +55,14 @@ def test_next_token_distribution(
 def test_top1(
     pairs: Sequence[tuple[Answer, Answer]], target: Target, modality: str, limits: Limits, verify: Verify
 ) -> None:
-    """The likeliest next token is the reference's, teacher-forced, wherever the reference is not torn itself."""
+    """The likeliest next token is the one that the reference puts first, teacher-forced."""
     agree = torch.cat([metrics.top1_agreement(a.logits, b.logits) for a, b in pairs])
-    verify("top-1 agreement", metrics.mean(agree), "share of tokens",
-           at_least=limits("parity.top1", target.size, target.quantizer, modality))  # fmt: skip
+    verify(
+        "top-1 agreement",
+        metrics.mean(agree),
+        "share of tokens",
+        at_least=limits("parity.top1", target.size, target.quantizer, modality),
+    )
 
 
 def test_perplexity(
@@ -63,8 +72,12 @@ def test_perplexity(
     before = metrics.perplexity(torch.cat([metrics.token_nll(a.logits, a.tokens) for a, _ in pairs]))
     after = metrics.perplexity(torch.cat([metrics.token_nll(b.logits, b.tokens) for _, b in pairs]))
 
-    verify("perplexity ratio", after / before, at_most=limits("parity.perplexity", target.size, target.quantizer, modality),
-           detail=f"reference {before:.4f}, artifact {after:.4f}")  # fmt: skip
+    verify(
+        "perplexity ratio",
+        after / before,
+        at_most=limits("parity.perplexity", target.size, target.quantizer, modality),
+        detail=f"reference {before:.4f}, artifact {after:.4f}",
+    )
     verify.note("reference's perplexity", before)
 
 
@@ -76,9 +89,13 @@ def test_task_accuracy(
     drop, error = metrics.accuracy_drop([bool(a.right) for a, _ in graded], [bool(b.right) for _, b in graded])
     lost = next(((a, b) for a, b in graded if a.right and not b.right), None)
 
-    verify("task accuracy drop", drop, "share of questions",
-           at_most=limits("parity.accuracy_drop", target.size, target.quantizer, modality),
-           detail=f"{lost[0].sample}: {lost[0].text!r} became {lost[1].text!r}" if lost else "")  # fmt: skip
+    verify(
+        "task accuracy drop",
+        drop,
+        "share of questions",
+        at_most=limits("parity.accuracy_drop", target.size, target.quantizer, modality),
+        detail=f"{lost[0].sample}: {lost[0].text!r} became {lost[1].text!r}" if lost else "",
+    )
     verify.note("standard error of the drop", error)
     verify.note("reference's accuracy", sum(bool(a.right) for a, _ in graded) / len(graded) if graded else None)
     verify.note("artifact's accuracy", sum(bool(b.right) for _, b in graded) / len(graded) if graded else None)
@@ -89,8 +106,12 @@ def test_greedy_prefix(
 ) -> None:
     """Greedy answers run together with the reference's for most of their length."""
     shares = torch.tensor([metrics.agreeing_prefix(a.greedy, b.greedy) for a, b in pairs])
-    verify("agreeing greedy prefix", metrics.mean(shares), "share of the answer",
-           at_least=limits("parity.greedy_prefix", target.size, target.quantizer, modality))  # fmt: skip
+    verify(
+        "agreeing greedy prefix",
+        metrics.mean(shares),
+        "share of the answer",
+        at_least=limits("parity.greedy_prefix", target.size, target.quantizer, modality),
+    )
 
 
 def test_hidden_state_drift(
@@ -105,8 +126,13 @@ def test_hidden_state_drift(
     ]
     limit = limits("parity.hidden_drift", target.size, target.quantizer, modality)
     values = torch.tensor(drift)
-    verify("largest drift of a layer", metrics.largest(values), "relative", at_most=limit,
-           detail=f"after layer {int(values.argmax())} of {layers - 1}" if drift else "no hidden states")  # fmt: skip
+    verify(
+        "largest drift of a layer",
+        metrics.largest(values),
+        "relative",
+        at_most=limit,
+        detail=f"after layer {int(values.argmax())} of {layers - 1}" if drift else "no hidden states",
+    )
     verify.table("Hidden-state drift", ("layer", "relative"), enumerate(drift))
 
 
@@ -120,19 +146,23 @@ def test_better_than_rounding(
     limits: Limits,
     verify: Verify,
 ) -> None:
-    """Activation-aware quantization of a model with activation outliers is closer to the reference than plain rounding."""
+    """A calibrated quantizer is closer to the reference than plain rounding, given activation outliers to save."""
 
     def mean_kl(answers: AnswersOf) -> float:
         both = paired(reference_answers(modality), answers(modality))
         return metrics.mean(torch.cat([metrics.token_kl(a.logits, b.logits) for a, b in both]))
 
     ours, plain = mean_kl(quantized_answers), mean_kl(rtn_answers)
-    verify("mean token KL, of RTN's", ours / plain, at_most=limits("parity.awq_over_rtn", target.size),
-           detail=f"{target.quantizer} {ours:.3g} nats, rtn {plain:.3g} nats")  # fmt: skip
+    verify(
+        "mean token KL, of RTN's",
+        ours / plain,
+        at_most=limits("parity.awq_over_rtn", target.size),
+        detail=f"{target.quantizer} {ours:.3g} nats, rtn {plain:.3g} nats",
+    )
 
 
 def worst_token(pairs: Sequence[tuple[Answer, Answer]], kl: torch.Tensor) -> str:
-    """The token with the largest KL: ``sample image-3, token 5: 0.81 -> 0.44``, as probabilities of the taught token."""
+    """The token with the largest KL: ``sample image-3, token 5: 0.81 -> 0.44``, probabilities of the taught token."""
     if not kl.numel():
         return "no tokens"
     place = int(kl.nan_to_num(nan=torch.inf).argmax())

@@ -21,10 +21,20 @@ def test_rounding(linear_errors: Sequence[LinearError], limits: Limits, verify: 
     largest = worst(linear_errors, lambda e: e.largest_error)
     at_ends = worst(linear_errors, lambda e: e.largest_end_error)
 
-    verify("largest error", largest and largest.largest_error, "half scales", at_most=limits("roundtrip.largest_error"),
-           detail=named(largest))  # fmt: skip
-    verify("largest error at the range's ends", at_ends and at_ends.largest_end_error, "steps",
-           at_most=limits("roundtrip.largest_end_error"), detail=named(at_ends))  # fmt: skip
+    verify(
+        "largest error",
+        largest and largest.largest_error,
+        "half scales",
+        at_most=limits("roundtrip.largest_error"),
+        detail=named(largest),
+    )
+    verify(
+        "largest error at the range's ends",
+        at_ends and at_ends.largest_end_error,
+        "steps",
+        at_most=limits("roundtrip.largest_end_error"),
+        detail=named(at_ends),
+    )
     verify.table("Error per layer", ("layer", "linear", "half scales"), rows(linear_errors, lambda e: e.largest_error))
 
 
@@ -39,7 +49,9 @@ def test_frobenius(linear_errors: Sequence[LinearError], limits: Limits, verify:
     verify("relative Frobenius error, of theory's", most and over_theory(most), at_most=1.0, detail=named(most))
     largest = worst(linear_errors, lambda e: e.frobenius)
     verify.note("largest relative Frobenius error", largest and largest.frobenius, detail=named(largest))
-    verify.table("Frobenius error per layer", ("layer", "linear", "relative"), rows(linear_errors, lambda e: e.frobenius))
+    verify.table(
+        "Frobenius error per layer", ("layer", "linear", "relative"), rows(linear_errors, lambda e: e.frobenius)
+    )
 
 
 def test_resolution(linear_errors: Sequence[LinearError], limits: Limits, verify: Verify) -> None:
@@ -47,30 +59,49 @@ def test_resolution(linear_errors: Sequence[LinearError], limits: Limits, verify
     coarsest = worst(linear_errors, lambda e: e.widest_scale)
     finest = worst(linear_errors, lambda e: -e.narrowest_scale)
 
-    verify("coarsest scale, of RTN's", coarsest and coarsest.widest_scale, at_most=limits("roundtrip.coarsest_scale"),
-           detail=named(coarsest))  # fmt: skip
-    verify("finest scale, of RTN's", finest and finest.narrowest_scale, at_least=limits("roundtrip.finest_scale"),
-           detail=named(finest))  # fmt: skip
+    verify(
+        "coarsest scale, of RTN's",
+        coarsest and coarsest.widest_scale,
+        at_most=limits("roundtrip.coarsest_scale"),
+        detail=named(coarsest),
+    )
+    verify(
+        "finest scale, of RTN's",
+        finest and finest.narrowest_scale,
+        at_least=limits("roundtrip.finest_scale"),
+        detail=named(finest),
+    )
 
 
 def test_clipping(linear_errors: Sequence[LinearError], limits: Limits, verify: Verify) -> None:
     """Few weights lie beyond the range of their codes."""
     most = worst(linear_errors, lambda e: e.clipped)
-    verify("clipped weights", most and most.clipped, "share of a linear", at_most=limits("roundtrip.clipped"),
-           detail=named(most))  # fmt: skip
+    verify(
+        "clipped weights",
+        most and most.clipped,
+        "share of a linear",
+        at_most=limits("roundtrip.clipped"),
+        detail=named(most),
+    )
     verify.table("Clipped weights per layer", ("layer", "linear", "share"), rows(linear_errors, lambda e: e.clipped))
 
 
 def test_codes(linear_errors: Sequence[LinearError], pair: Pair, verify: Verify) -> None:
     """Codes mean one weight each: scales are positive and finite, decoding and coding again gives the same codes."""
     weights = sum(e.weights for e in linear_errors)
-    broken = [f"{e.name}: {e.broken_scales} scales are zero, negative, NaN or infinite" for e in linear_errors if e.broken_scales]
+    broken = [
+        f"{e.name}: {e.broken_scales} scales are zero, negative, NaN or infinite"
+        for e in linear_errors
+        if e.broken_scales
+    ]
     recoded = [f"{e.name}: {e.recoded} of {e.weights} codes" for e in linear_errors if e.recoded]
 
     verify.none_of("linears with broken scales", broken, among=len(linear_errors))
     verify.none_of("linears whose codes change when coded again", recoded, among=len(linear_errors))
     verify("weights looked at", weights, at_least=1)
-    verify.none_of("linears whose words do not survive unpacking and packing", repacked(pair), among=len(pair.quantized))
+    verify.none_of(
+        "linears whose words do not survive unpacking and packing", repacked(pair), among=len(pair.quantized)
+    )
 
 
 def worst(errors: Sequence[LinearError], key: Callable[[LinearError], float]) -> LinearError | None:

@@ -244,9 +244,9 @@ def test_scales_fold_exactly(job: Job) -> None:
         assert not torch.equal(*up), "nothing was scaled"
 
 
-def test_calibration(job: Job) -> None:
+def test_calibration(made: Made) -> None:
     """AutoAWQ's search sees what the model computes for every token of every sample, each linear in its own copy."""
-    reference, adapter = job.reference.checkpoint, job.reference.adapter
+    job, reference, adapter = made.job, made.job.reference.checkpoint, made.job.reference.adapter
     model = load_model(reference, adapter, torch.float32)
     batches = calibration.batches(adapter, load_processor(reference), job.samples)
     layer = adapter.decoder_layers(model)[0]
@@ -263,6 +263,7 @@ def test_calibration(job: Job) -> None:
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     seen = peer._get_input_feat(quantizer, layer, linears)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
+    assert sum(call.hidden.shape[:-1].numel() for call in made.peer.quantizer.calls) == tokens
     assert set(adapter.modalities) == {sample.modality for sample in job.samples}
     assert {name: tuple(x.shape) for name, x in seen.items()} == {
         name: (tokens, linear.in_features) for name, linear in linears.items()

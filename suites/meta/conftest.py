@@ -1,0 +1,70 @@
+"""A good artifact to damage, and a way to hear what a check says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fixtures.adapters import ADAPTERS
+from fixtures.audit.coverage import linear_states
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import audit_linears
+from fixtures.checkpoints import read_scales, read_search
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.recipe import Recipe
+from fixtures.core.targets import Target
+from fixtures.options import Selection
+from fixtures.quantizers import calibration
+from fixtures.quantizers.cache import cached_artifact
+from fixtures.subjects import shipped
+from fixtures.verifying import Verify
+
+SUBJECT = "qwen2_5_vl-tiny"
+TARGET = Target("qwen2_5_vl", "tiny", "awq")
+
+
+@pytest.fixture(scope="session")
+def tiny_reference() -> Checkpoint:
+    """The shipped reference."""
+    return Checkpoint(shipped(SUBJECT))
+
+
+@pytest.fixture(scope="session")
+def good_artifact(tiny_reference: Checkpoint, selection: Selection) -> Path:
+    """A good artifact of the shipped reference, by our AWQ; never to be changed, only copied."""
+    samples = calibration.built_in(ADAPTERS["qwen2_5_vl"])
+    recipe = Recipe("awq", selection.scheme, calibration.digest(samples))
+    return cached_artifact(tiny_reference, recipe, samples, selection.cache)
+
+
+def listener() -> Verify:
+    """A ``verify`` that belongs to no running test."""
+    return Verify(SimpleNamespace(stash={}), [])  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[[Callable[..., None], Path], Verify]:
+    """Run one check of the suites on an artifact folder, and return what it said."""
+
+    def run(check: Callable[..., None], folder: Path) -> Verify:
+        artifact = Checkpoint(folder)
+        pair = Pair(tiny_reference, artifact)
+        available: dict[str, Callable[[], Any]] = {
+            "pair": lambda: pair,
+            "linears": lambda: linear_states(pair),
+            "linear_errors": lambda: list(audit_linears(pair)),
+            "recorded_scales": lambda: read_scales(artifact),
+            "search_record": lambda: read_search(artifact),
+            "limits": lambda: selection.limits,
+            "target": lambda: TARGET,
+        }
+        verify = listener()
+        wanted = check.__code__.co_varnames[: check.__code__.co_argcount]
+        check(**{name: verify if name == "verify" else available[name]() for name in wanted})
+        return verify
+
+    return run
