@@ -184,6 +184,15 @@ def test_splits_differ() -> None:
         assert not seen & {calibration.digest([s]) for s in draw(modality, "evaluation", 64)}
 
 
+def test_kept_tensors_keep_their_dtype(good_artifact: Path, tiny_reference: Checkpoint) -> None:
+    """Norms that scales were folded into, and all else that is kept, stay in the reference's dtype."""
+    artifact = Checkpoint(good_artifact)
+    shared = artifact.tensors.keys() & tiny_reference.tensors.keys()
+    changed = [name for name in shared if artifact.tensors[name].dtype != tiny_reference.tensors[name].dtype]
+    assert changed == []
+    assert sum("layernorm" in name for name in shared) == 2 * VL.layer_count(tiny_reference.config)
+
+
 def test_record_travels(good_artifact: Path) -> None:
     """Beside an artifact of ours lie its recipe, its search record and its scales, away from what engines load."""
     found = {file.name for file in (good_artifact / "quantproof").iterdir()}

@@ -20,8 +20,8 @@ from fixtures.subjects.storage import digests, written_whole
 
 NAME = "qwen2_5_vl-tiny"
 HELD_OUT = 96  # samples per modality: three standard deviations of a share of 0.98 are 0.043
-TEXT_ANSWER = "425 a old hen hung on this old cave daily"  # of the first text of seed 3
-PIXEL_DIGEST = "f3691802ba92c86c"  # of the first image and video of seed 3
+TEXT_ANSWER = "2556 the grim ram sat in the odd hill early"  # of the first text of seed 3
+PIXEL_DIGEST = "ac0876d5452ff8ac"  # of the first image and video of seed 3
 EVERY_SPLIT = [(modality, split) for modality in MODALITIES for split in SPLITS]
 
 
