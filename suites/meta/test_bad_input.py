@@ -135,9 +135,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_bad_command(
-    case: str, tiny_reference: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_command(case: str, tiny_reference: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The quantizing command refuses what it cannot do in one line, and writes nothing."""
     arguments, said = COMMANDS[case]
     out = tmp_path / "out"
@@ -183,7 +181,16 @@ def test_full_disk(tiny_reference: Checkpoint, tmp_path: Path, monkeypatch: pyte
 def test_interrupt(tiny_reference: Checkpoint, tmp_path: Path) -> None:
     """Ctrl-C while quantizing leaves nothing behind, and says so."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fixtures.quantizers", "awq", "--reference", str(tiny_reference.path), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "fixtures.quantizers",
+        "awq",
+        "--reference",
+        str(tiny_reference.path),
+        "--out",
+        str(out),
+    ]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:

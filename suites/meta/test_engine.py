@@ -37,7 +37,9 @@ def batches(tiny_reference: Checkpoint) -> list[dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def test_folding_keeps_the_function(model: nn.Module, batches: list[dict[str, torch.Tensor]], tiny_reference: Any) -> None:
+def test_folding_keeps_the_function(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], tiny_reference: Any
+) -> None:
     """Folding scales in every group of every layer leaves the logits as they were."""
     before = [model(**batch).logits for batch in batches]
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -95,7 +97,9 @@ def test_recorded_loss_is_the_real_one(
     heard = layer_features(layer, calls, {"mlp"}).calls["mlp"]
     scales = quantized[0].scales["model.layers.0.gate_up"]
     gate, up, down = (layer.get_submodule(f"mlp.{name}_proj").weight.data for name in ("gate", "up", "down"))
-    rounded = [pseudo_quantize_tensor(w * scales, SCHEME, scale_dtype=torch.float16).weight / scales for w in (gate, up)]
+    rounded = [
+        pseudo_quantize_tensor(w * scales, SCHEME, scale_dtype=torch.float16).weight / scales for w in (gate, up)
+    ]
     total, count = 0.0, 0
     for call in heard:
         x = call.hidden.double()
@@ -123,7 +127,9 @@ def test_one_sample_does_not_leak_into_the_next(model: nn.Module, batches: list[
     for number in (0, len(batches) // 2, len(batches) - 1):
         (alone,) = decoder_calls(model, first, [batches[number]])
         torch.testing.assert_close(alone.run(first), together[number].run(first), rtol=0, atol=0)
-    assert len({call.hidden.shape[1] for call in together}) > 1, "all samples had one length: nothing was put to the test"
+    assert len({call.hidden.shape[1] for call in together}) > 1, (
+        "all samples had one length: nothing was put to the test"
+    )
 
 
 def test_foldable_scales_are_exact() -> None:

@@ -149,23 +149,22 @@ MEASURED = {"quantity": "q", "value": 1, "unit": "", "bound": {"at_mots": 1}, "h
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (None, "No such file"),
-        ("", "not JSON"),
-        ("\ud800", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[]", "not a results.json"),
-        ('{"schema": 2}', "schema 2"),
-        ('{"schema": 1}', "no 'run'"),
-        ('{"schema": 1, "run": 3, "results": []}', "'run' is not an object"),
-        ('{"schema": 1, "run": {}, "results": [{}]}', "no 'id'"),
-        ('{"schema": 1, "run": {}, "results": ["x"]}', "not a results.json"),
-        ([ENTRY | {"outcome": "fine"}], "unknown outcome 'fine'"),
-        ([ENTRY | {"target": {"family": "x"}}], "no 'size'"),
-        ([ENTRY | {"seconds": "long"}], "wrong type in 'a.py::t'"),
-        ([ENTRY | {"id": 3}], "not a results.json"),
-        ([ENTRY | {"measurements": [MEASURED]}], "unknown bound 'at_mots'"),
+        pytest.param(None, "No such file", id="missing"),
+        pytest.param("", "not JSON", id="empty"),
+        pytest.param("\ud800", "not JSON", id="not UTF-8"),
+        pytest.param("[" * 100_000, "not JSON", id="deep"),
+        pytest.param("[]", "not a results.json", id="list"),
+        pytest.param('{"schema": 2}', "schema 2", id="other schema"),
+        pytest.param('{"schema": 1}', "no 'run'", id="no run"),
+        pytest.param('{"schema": 1, "run": 3, "results": []}', "'run' is not an object", id="run is a number"),
+        pytest.param('{"schema": 1, "run": {}, "results": [{}]}', "no 'id'", id="no id"),
+        pytest.param('{"schema": 1, "run": {}, "results": ["x"]}', "not a results.json", id="result is text"),
+        pytest.param([ENTRY | {"outcome": "fine"}], "unknown outcome 'fine'", id="unknown outcome"),
+        pytest.param([ENTRY | {"target": {"family": "x"}}], "no 'size'", id="no size"),
+        pytest.param([ENTRY | {"seconds": "long"}], "wrong type in 'a.py::t'", id="seconds are text"),
+        pytest.param([ENTRY | {"id": 3}], "not a results.json", id="id is a number"),
+        pytest.param([ENTRY | {"measurements": [MEASURED]}], "unknown bound 'at_mots'", id="unknown bound"),
     ],
-    ids=lambda value: None if isinstance(value, str) and len(value) < 40 else "",
 )
 def test_bad_input(tmp_path, capsys, command, text, reason):
     """A file that is no results.json is refused in one line that names it, with exit code 2."""
@@ -325,8 +324,8 @@ def test_page_escapes():
     ]
     results.append(Result(f"{evil}::own", "failed", evil, measurements=(measured,)))
     facts = {evil: evil}
-    about = {key: evil for key in ("started", "seconds", "command", "seed", "exit_status")}
-    about |= {key: facts for key in ("machine", "versions", "deselected")}
+    about = dict.fromkeys(("started", "seconds", "command", "seed", "exit_status"), evil)
+    about |= dict.fromkeys(("machine", "versions", "deselected"), facts)
     about |= {"subjects": {evil: facts}, "git": {"commit": evil, "dirty": True}}
 
     page = Page(render(Run(about, results)))
@@ -427,238 +426,3 @@ def test_heatmap():
 def test_no_heatmap(columns, row):
     """A table without a number per layer and linear is only a table."""
     assert heatmap(Table("Error per layer", columns, (row,))) is None
-
-
-# The plugin, end to end
-
-SUITE = '''
-"""A suite."""
-import dataclasses
-
-import pytest
-
-from fixtures.core.measurement import Bound, Measurement
-from fixtures.core.results import Table
-from reports.stash import ABOUT, MEASUREMENTS, TABLES
-
-
-@dataclasses.dataclass
-class Target:
-    family: str
-    size: str
-    quantizer: str
-
-    def __str__(self):
-        return f"{self.family}-{self.size}-{self.quantizer}"
-
-
-TARGETS = pytest.mark.parametrize("target", [Target("vl", "tiny", q) for q in ("awq", "rtn")], ids=str)
-
-
-@pytest.fixture
-def say(request):
-    def say(value):
-        said = Measurement("mean token KL", value, "nats", Bound("at_most", 0.5), "worst token")
-        request.node.stash.setdefault(MEASUREMENTS, []).append(said)
-        request.node.stash.setdefault(TABLES, []).append(Table("t", ("layer",), ((1,), (value,))))
-        if not said.holds:
-            raise AssertionError(str(said))
-    return say
-
-
-@pytest.fixture
-def frail():
-    yield
-    raise RuntimeError("could not tidy up")
-
-
-@TARGETS
-@pytest.mark.parametrize("modality", ["text"])
-def test_good(target, modality, say, request):
-    """It is good. More about it.
-
-    At length.
-    """
-    request.config.stash[ABOUT].setdefault("artifacts", {})[str(target)] = "3f9c01"
-    say(0.25)
-
-
-@TARGETS
-def test_bad(target, say):
-    """It is bad on one."""
-    say(0.75 if target.quantizer == "rtn" else float(0))
-
-
-@pytest.mark.skip(reason="no vLLM: pip install vllm")
-def test_unavailable():
-    """It needs vLLM."""
-
-
-@TARGETS
-@pytest.mark.xfail(strict=True, reason="known: https://example.org/1")
-def test_known(target, say):
-    """It is known."""
-    say(0.9 if target.quantizer == "awq" else 0.1)
-
-
-def test_frail(frail):
-    """It cannot tidy up."""
-
-
-def test_unset(no_such_fixture):
-    """It cannot start."""
-
-
-def test_deselected():
-    """Nobody asks."""
-'''
-
-
-@pytest.fixture
-def verify_suite(pytester, monkeypatch):
-    """Run SUITE, or another, with a report; gives pytest's output and results.json."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-    def run(*arguments: str, suite: str = SUITE) -> tuple[pytest.RunResult, Run]:
-        pytester.makepyfile(test_suite=suite)
-        options = (
-            "-p",
-            "reports.plugin",
-            "--report",
-            "out",
-            "-k",
-            "not deselected",
-            "-p",
-            "no:cacheprovider",
-        )
-        done = pytester.runpytest_subprocess(*options, *arguments)
-        return done, store.load(pytester.path / "out" / "results.json")
-
-    return run
-
-
-@pytest.fixture(params=[(), ("-n", "2")], ids=["one process", "xdist"])
-def workers(request):
-    """Options for a run in one process and over two."""
-    if request.param:
-        pytest.importorskip("xdist", reason="no pytest-xdist: pip install pytest-xdist")
-    return request.param
-
-
-def test_plugin(verify_suite, workers):
-    """Every outcome arrives with requirement, target, measurements and reason, also from xdist's workers."""
-    done, run = verify_suite(*workers)
-    found = {r.id.removeprefix("test_suite.py::"): r for r in run.results}
-
-    assert {name: r.outcome for name, r in found.items()} == {
-        "test_good[text-vl-tiny-awq]": "passed",
-        "test_good[text-vl-tiny-rtn]": "passed",
-        "test_bad[vl-tiny-awq]": "passed",
-        "test_bad[vl-tiny-rtn]": "failed",
-        "test_unavailable": "skipped",
-        "test_known[vl-tiny-awq]": "xfailed",
-        "test_known[vl-tiny-rtn]": "xpassed",
-        "test_frail": "error",
-        "test_unset": "error",
-    }
-    good, bad = found["test_good[text-vl-tiny-awq]"], found["test_bad[vl-tiny-rtn]"]
-    assert (good.requirement, good.modality, good.target_id) == ("It is good.", "text", "vl-tiny-awq")
-    assert good.seconds > 0
-    assert bad.measurements == (
-        Measurement("mean token KL", 0.75, "nats", Bound("at_most", 0.5), "worst token"),
-    )
-    assert bad.tables == (Table("t", ("layer",), ((1,), (0.75,))),)
-    assert bad.message == "mean token KL: 0.75 nats, must be at most 0.5 nats"
-    assert found["test_unavailable"].message == "no vLLM: pip install vllm"
-    assert found["test_known[vl-tiny-awq]"].message.startswith(
-        "known: https://example.org/1\n\nmean token KL: 0.9"
-    )
-    assert "strike it" in found["test_known[vl-tiny-rtn]"].message
-    assert "could not tidy up" in found["test_frail"].message
-    assert "no_such_fixture" in found["test_unset"].message
-    assert run.about["deselected"] == {"test_suite.py": 1}
-    assert run.about["subjects"] == {"artifacts": {"vl-tiny-awq": "3f9c01", "vl-tiny-rtn": "3f9c01"}}
-    assert run.about["exit_status"] == done.ret == 1
-    assert run.about["versions"]["pytest"] == pytest.__version__
-    assert "-p reports.plugin --report out -k 'not deselected'" in run.about["command"]
-
-
-def test_plugin_speaks_in_the_terminal(verify_suite):
-    """The verdict table and the paths of the report end the output, before pytest's own last line."""
-    done, _ = verify_suite()
-
-    done.stdout.fnmatch_lines(
-        [
-            "*= verdict =*",
-            "target *suite *verdict",
-            "vl-tiny-awq *1 known bad, 2 ok *proved, 1 known bad",
-            "vl-tiny-rtn *1 FAILED, 1 no longer bad, 1 ok *DISPROVED",
-            "not asked for: 1 deselected",
-            "*out*results.json",
-            "*out*index.html",
-        ]
-    )
-    assert "2 failed" in done.outlines[-1]
-
-
-def test_plugin_tells_junit(verify_suite, pytester):
-    """JUnit XML carries every measurement as a property of its test."""
-    verify_suite("--junitxml", "junit.xml")
-
-    xml = (pytester.path / "junit.xml").read_text()
-    assert '<property name="mean token KL" value="0.75 nats, must be at most 0.5 nats"' in xml
-
-
-def test_plugin_after_an_early_end(verify_suite, workers):
-    """Checks that a run never came to are reported as not run, so that no target is proved without them."""
-    _, run = verify_suite("--maxfail", "1", *workers)
-
-    unrun = [r for r in run.results if r.message.startswith("not run")]
-    assert len(run.results) == 9
-    assert workers or "test_known[vl-tiny-awq]" in " ".join(r.id for r in unrun)
-    assert all(r.outcome == "skipped" for r in unrun)
-
-
-def test_plugin_without_collection(verify_suite, workers):
-    """A module that cannot be imported is an error in the report, not an absence."""
-    done, run = verify_suite(*workers, suite="import no_such_module")
-
-    (lost,) = run.results
-    assert (lost.id, lost.outcome) == ("test_suite.py", "error")
-    assert "no_such_module" in lost.message
-    assert done.ret != 0
-
-
-def test_plugin_after_a_crash(verify_suite):
-    """A test that kills its worker is an error of its target."""
-    pytest.importorskip("xdist", reason="no pytest-xdist: pip install pytest-xdist")
-    suite = SUITE.replace(
-        "    say(0.25)", "    say(0.25)\n    if target.quantizer == 'awq': import os; os._exit(3)"
-    )
-    _, run = verify_suite("-n", "1", suite=suite)
-
-    (crashed,) = [r for r in run.results if "crashed" in r.message]
-    assert (crashed.outcome, crashed.target_id) == ("error", "vl-tiny-awq")
-
-
-def test_no_report_unless_asked_for(pytester, monkeypatch):
-    """Without ``--report`` nothing is written and nothing is said."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    pytester.makepyfile("def test_a(): pass")
-
-    done = pytester.runpytest_subprocess("-p", "reports.plugin", "-p", "no:cacheprovider")
-
-    assert "verdict" not in done.stdout.str()
-    assert not list(pytester.path.rglob("results.json"))
-
-
-def test_unwritable_folder(pytester, monkeypatch):
-    """A folder that cannot be written is refused before the first test runs."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    pytester.makepyfile("def test_a(): pass")
-    (pytester.path / "taken").write_text("a file")
-
-    done = pytester.runpytest_subprocess("-p", "reports.plugin", "--report", "taken")
-
-    assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines(["ERROR: --report: cannot write into *taken: *"])
