@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from fixtures.quantizers import calibration
 from fixtures.quantizers.cache import cached_artifact
 from fixtures.subjects import shipped
 from fixtures.verifying import Verify
+from suites.meta.answering import listener
 
 SUBJECT = "qwen2_5_vl-tiny"
 TARGET = Target("qwen2_5_vl", "tiny", "awq")
@@ -39,11 +39,6 @@ def good_artifact(tiny_reference: Checkpoint, selection: Selection) -> Path:
     samples = calibration.built_in(ADAPTERS["qwen2_5_vl"])
     recipe = Recipe("awq", selection.scheme, calibration.digest(samples))
     return cached_artifact(tiny_reference, recipe, samples, selection.cache)
-
-
-def listener() -> Verify:
-    """A ``verify`` that belongs to no running test."""
-    return Verify(SimpleNamespace(stash={}), [])  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -165,13 +165,14 @@ def test_gram_loss_is_the_output_error() -> None:
 
 def test_clip_search_keeps_what_matters() -> None:
     """An outlier that the inputs excite is kept, the same outlier behind silent inputs is clipped."""
-    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(3)) * 0.1
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 128, generator=generator) * 0.1
     weight[:, 5] = 2.0
-    loud, quiet = torch.randn(200, 128), torch.randn(200, 128)
+    loud, quiet = (torch.randn(200, 128, generator=generator) for _ in range(2))
     loud[:, 5] *= 20
     quiet[:, 5] *= 1e-3
     kept, cut = (clipping.search(weight, clipping.group_grams(x, 128), SCHEME, "w") for x in (loud, quiet))
-    assert torch.equal(kept.limit, torch.full((4, 1), 2.0))
+    assert float(kept.limit.min()) >= 2.0 * (1 - 1 / 20) - 1e-6
     assert float(cut.limit.max()) == pytest.approx(2.0 * (0.5 + 1 / 20), rel=1e-5)
 
 

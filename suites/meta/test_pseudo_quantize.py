@@ -7,6 +7,7 @@ plus (2^bits - 1) times 2^-22 of the scale for float32's own arithmetic.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_idempotent(data, scheme, dtype):
 @SOME
 @given(data=st.data(), scheme=schemes, dtype=dtypes)
 def test_representable(data, scheme, dtype):
-    """A weight on a grid that it uses from end to end is kept exactly, with that grid's codes, scales and zero points."""
+    """A weight on a grid that it uses from end to end is kept exactly: codes, scales and zero points."""
     size = 12 if scheme.group_size == -1 else scheme.group_size
     if size == 1:  # one weight has one end
         size, scheme = 2, Scheme(scheme.bits, 2, scheme.zero_point)
@@ -192,7 +193,7 @@ def test_more_bits(data, group_size, zero_point, dtype):
         for bits in ALL_BITS
     ]
 
-    assert all((fine <= coarse).all() for coarse, fine in zip(scales, scales[1:], strict=False))
+    assert all((fine <= coarse).all() for coarse, fine in pairwise(scales))
 
 
 @SOME

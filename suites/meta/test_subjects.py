@@ -240,7 +240,7 @@ def test_outliers_are_there(model: Qwen2_5_VLForConditionalGeneration, processor
     assert len(peaks) == 12
     for name, peak in peaks.items():
         standing_out = (peak > 16 * peak.median()).sum().item()
-        assert 2 <= standing_out <= 32, f"{name}: {standing_out} channels"
+        assert 2 <= standing_out <= 64, f"{name}: {standing_out} channels"
 
 
 def test_round_to_nearest_does_damage(model: Qwen2_5_VLForConditionalGeneration, processor: object) -> None:

@@ -1,0 +1,84 @@
+"""How far the figures of a good artifact spread: ``python -m suites.meta.spread awq --seeds 5``.
+
+Quantizes a shipped reference anew with another calibration set and asks other held-out samples for every seed, and prints
+mean, standard deviation and mean + 6 sigma of every judged quantity: what ``limits.toml`` is made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from fixtures.adapters import adapter_for
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import audit_linears
+from fixtures.audit.search_gain import group_losses
+from fixtures.core.answers import paired
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.limits import load_limits
+from fixtures.core.recipe import Recipe
+from fixtures.core.targets import Target
+from fixtures.engines.loading import load_model, load_processor
+from fixtures.quantizers import calibration, quantize, quantizer_named
+from fixtures.subjects import shipped
+from fixtures.subjects.samples import draw
+from suites import test_calibration, test_roundtrip
+from suites.meta.answering import CHECKS, answers, ask, listener
+
+SAMPLES = 64
+
+
+def main() -> None:
+    """Print the spread of one quantizer's figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("quantizer")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--subject", default="qwen2_5_vl-tiny")
+    options = parser.parse_args()
+    reference = Checkpoint(shipped(options.subject))
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for seed in range(options.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            for key, value in figures(reference, options.quantizer, seed, Path(folder)).items():
+                found[key].append(value)
+        print(f"seed {seed} done", flush=True)
+    for (modality, quantity), values in found.items():
+        mean, sigma = statistics.fmean(values), statistics.stdev(values)
+        print(f"{modality:<6} {quantity:<32} {mean:.5g} +- {sigma:.2g}   mean+6s {mean + 6 * sigma:.5g} mean-6s {mean - 6 * sigma:.5g}")
+
+
+def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> dict[tuple[str, str], float]:
+    """Every judged quantity of one artifact, by modality and quantity."""
+    adapter, limits = adapter_for(reference), load_limits()
+    calibrated = quantizer_named(quantizer).calibrated
+    calibrating = calibration.built_in(adapter, seed=seed) if calibrated else []
+    quantize(reference, Recipe(quantizer), calibrating, folder / "artifact")
+    artifact = Checkpoint(folder / "artifact")
+    samples = {modality: draw(modality, "evaluation", SAMPLES, seed) for modality in adapter.modalities}
+    ours = answers(artifact, adapter, samples, folder / "artifact-answers")
+    theirs = answers(reference, adapter, samples, folder / "reference-answers")
+    target = Target(adapter.family, "tiny", quantizer)
+    found: dict[tuple[str, str], float] = {}
+    for modality in samples:
+        both = list(paired(theirs[modality], ours[modality]))
+        for check in CHECKS:
+            for quantity, measured in ask(check, both, target, modality, limits).items():
+                if measured.bound is not None:
+                    found[modality, quantity] = measured.value
+    verify = listener()
+    pair = Pair(reference, artifact)
+    test_roundtrip.test_clipping(list(audit_linears(pair)), limits, verify)
+    if calibrated:
+        batches = calibration.batches(adapter, load_processor(reference), [s for m in samples.values() for s in m[:16]])
+        model = load_model(reference, adapter, torch.float32)
+        test_calibration.test_search_gain(list(group_losses(pair, model, batches)), target, limits, verify)
+    return found | {("", m.quantity): m.value for m in verify.measurements}
+
+
+if __name__ == "__main__":
+    main()
