@@ -12,11 +12,12 @@ import torch
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import LinearError, allowed_excess
 from fixtures.core.limits import Limits
+from fixtures.core.targets import Target
 from fixtures.formats import awq_gemm
 from fixtures.verifying import Verify
 
 
-def test_rounding(linear_errors: Sequence[LinearError], limits: Limits, verify: Verify) -> None:
+def test_rounding(linear_errors: Sequence[LinearError], target: Target, limits: Limits, verify: Verify) -> None:
     """No weight is farther from its reference than half a scale; none beyond the codes' range is off their last one."""
     largest = worst(linear_errors, lambda e: e.largest_error)
     at_ends = worst(linear_errors, lambda e: e.largest_end_error)
@@ -25,14 +26,14 @@ def test_rounding(linear_errors: Sequence[LinearError], limits: Limits, verify: 
         "largest error",
         largest and largest.largest_error,
         "half scales",
-        at_most=limits("roundtrip.largest_error"),
+        at_most=limits("roundtrip.largest_error", target.quantizer),
         detail=named(largest),
     )
     verify(
         "largest error at the range's ends",
         at_ends and at_ends.largest_end_error,
         "steps",
-        at_most=limits("roundtrip.largest_end_error"),
+        at_most=limits("roundtrip.largest_end_error", target.quantizer),
         detail=named(at_ends),
     )
     verify.table("Error per layer", ("layer", "linear", "half scales"), rows(linear_errors, lambda e: e.largest_error))
@@ -54,7 +55,7 @@ def test_frobenius(linear_errors: Sequence[LinearError], limits: Limits, verify:
     )
 
 
-def test_resolution(linear_errors: Sequence[LinearError], limits: Limits, verify: Verify) -> None:
+def test_resolution(linear_errors: Sequence[LinearError], target: Target, limits: Limits, verify: Verify) -> None:
     """A group's scale is as fine as its bits allow: never coarser than RTN's, never finer than half of it."""
     coarsest = worst(linear_errors, lambda e: e.widest_scale)
     finest = worst(linear_errors, lambda e: -e.narrowest_scale)
@@ -62,13 +63,13 @@ def test_resolution(linear_errors: Sequence[LinearError], limits: Limits, verify
     verify(
         "coarsest scale, of RTN's",
         coarsest and coarsest.widest_scale,
-        at_most=limits("roundtrip.coarsest_scale"),
+        at_most=limits("roundtrip.coarsest_scale", target.quantizer),
         detail=named(coarsest),
     )
     verify(
         "finest scale, of RTN's",
         finest and finest.narrowest_scale,
-        at_least=limits("roundtrip.finest_scale"),
+        at_least=limits("roundtrip.finest_scale", target.quantizer),
         detail=named(finest),
     )
 
