@@ -558,6 +558,15 @@ def test_digest_of_every_byte(sharded, file):
     assert len(seen) > 8
 
 
+def test_digest_of_names(sharded):
+    """The shards' names are part of the digest, also where their order stays."""
+    before = Checkpoint(sharded).digest
+    (sharded / FIRST).rename(sharded / "model-00000.safetensors")
+    write_index(sharded, {"a.weight": "model-00000.safetensors", "b.weight": SECOND})
+
+    assert Checkpoint(sharded).digest != before
+
+
 def test_digest_of_swapped_shards(sharded):
     """Which shard holds which bytes is part of the digest."""
     before = Checkpoint(sharded).digest

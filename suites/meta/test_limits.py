@@ -94,13 +94,16 @@ def test_why():
 
 def test_override(file):
     """A user's file overrides what it names, where it names it, and leaves the rest as shipped."""
-    shipped, theirs = load_limits(), load_limits(file("[roundtrip.clipped]\nlimit = 0.25\nwhy = 'Ours is coarse.'"))
+    first, *others = SHIPPED_LIMITS
 
-    assert theirs("roundtrip.clipped") == 0.25
-    assert theirs.why("roundtrip.clipped") == "Ours is coarse."
+    theirs = load_limits(file(f"[{first}]\nlimit = 0.0123\nwhy = 'Ours is coarse.'"))
+
+    assert theirs(first, *CASE) == 0.0123
+    assert theirs.why(first) == "Ours is coarse."
+    shipped = load_limits()
     assert theirs.tables.keys() == shipped.tables.keys()
-    assert all(theirs.tables[s] == shipped.tables[s] for s in shipped.tables if s != "roundtrip")
-    assert theirs("roundtrip.finest_scale") == shipped("roundtrip.finest_scale")
+    for suite, _, quantity in (name.partition(".") for name in others):
+        assert theirs.tables[suite][quantity] == shipped.tables[suite][quantity]
 
 
 def test_override_of_a_case(file):
@@ -125,9 +128,10 @@ def test_last_override_wins(file):
 
 def test_files_are_not_remembered(file):
     """A user's file changes nothing for the next reading of the shipped limits."""
-    load_limits(file("[roundtrip.clipped]\nlimit = 0.25\nwhy = 'Ours is coarse.'"))
+    before = load_limits()
+    load_limits(file(f"[{SHIPPED_LIMITS[0]}]\nlimit = {{tiny = 0.0123}}\nwhy = 'Ours is coarse.'"))
 
-    assert load_limits()("roundtrip.clipped") != 0.25
+    assert load_limits() == before
 
 
 @pytest.mark.parametrize(

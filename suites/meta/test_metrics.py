@@ -73,7 +73,14 @@ def test_kl_zero(logits, shift):
     a = tensor([logits])
 
     assert metrics.token_kl(a, a).tolist() == [0.0]
-    assert metrics.token_kl(a, a + shift).tolist() == [pytest.approx(0.0, abs=1e-12)]
+    assert 0 <= metrics.token_kl(a, a + shift).item() < 1e-12
+
+
+def test_kl_is_never_negative():
+    """Rounding makes no KL negative, over a thousand distributions that are nearly equal."""
+    logits = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    assert (metrics.token_kl(logits, logits + 0.1) >= 0).all()
 
 
 @SOME
@@ -226,8 +233,8 @@ def test_summary(summary, expected):
     assert type(found) is float
     assert found == expected
     assert math.isnan(summary(torch.tensor([])))
-    for place in range(3):
-        values = torch.ones(3)
+    for place in range(9):
+        values = torch.ones(9)
         values[place] = NAN
         assert math.isnan(summary(values))
 

@@ -92,6 +92,18 @@ def assert_within_bound(weight, quantized):
     assert error[worst] <= allowed[worst], f"{float(weight[worst])} at {worst}: {error[worst]} > {allowed[worst]}"
 
 
+def assert_nearest(weight, quantized):
+    """Fail unless every weight has the nearest code of the stored grid, and the last one where it lies beyond that."""
+    scheme, columns = quantized.scheme, weight.shape[1]
+    zero, step = (spread(array(t), scheme, columns)[..., None] for t in (quantized.zeros, quantized.scales))
+    grid = (np.arange(scheme.lowest, scheme.highest + 1) - zero) * step  # [out, in, codes]
+    nearest = np.abs(grid - array(weight)[..., None]).min(-1)
+    slack = np.maximum(step[..., 0] * 2.0**-14, np.abs(array(weight)) * 2.0**-22)
+    assert (np.abs(decoded(quantized, columns) - array(weight)) <= nearest + slack).all()
+    assert (quantized.codes[array(weight) > grid[..., -1]] == scheme.highest).all()
+    assert (quantized.codes[array(weight) < grid[..., 0]] == scheme.lowest).all()
+
+
 # Whatever the weight
 
 
@@ -102,6 +114,15 @@ def test_error(data, scheme, dtype):
     weight = data.draw(weights(LARGEST_IN_HALF if dtype == torch.float16 else HUGE))
 
     assert_within_bound(weight, pseudo_quantize_tensor(weight, scheme, scale_dtype=dtype))
+
+
+@SOME
+@given(data=st.data(), scheme=schemes, dtype=dtypes)
+def test_nearest(data, scheme, dtype):
+    """Codes are chosen for the scale as stored: no other code of the grid is nearer."""
+    weight = data.draw(weights(LARGEST_IN_HALF if dtype == torch.float16 else HUGE))
+
+    assert_nearest(weight, pseudo_quantize_tensor(weight, scheme, scale_dtype=dtype))
 
 
 @SOME
@@ -210,13 +231,7 @@ def test_limit(data, scheme, share):
     clipped = weight.clamp(-everywhere, everywhere)
     scale = exact_scales(clipped, scheme)
     assert np.allclose(array(quantized.scales), scale, rtol=1e-6, atol=0)
-    zero, step = (spread(array(t), scheme, 12)[..., None] for t in (quantized.zeros, quantized.scales))
-    grid = (np.arange(scheme.lowest, scheme.highest + 1) - zero) * step  # [out, in, codes]
-    nearest = np.abs(grid - array(weight)[..., None]).min(-1)
-    slack = np.maximum(step[..., 0] * 2.0**-14, np.abs(array(weight)) * 2.0**-22)
-    assert (np.abs(decoded(quantized, 12) - array(weight)) <= nearest + slack).all()
-    assert (quantized.codes[array(weight) > grid[..., -1]] == scheme.highest).all()
-    assert (quantized.codes[array(weight) < grid[..., 0]] == scheme.lowest).all()
+    assert_nearest(weight, quantized)
 
 
 # Known by hand

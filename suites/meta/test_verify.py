@@ -521,14 +521,14 @@ def test_bad_list(inner, expected):
     assert not spy.reports
 
 
-ID = "suites/test_parity.py::test_kl[qwen2_5_vl-tiny-rtn-image]"
+ID = "suites/test_parity.py::test_kl[Qwen2_5_VL-tiny-rtn-image]"
 
 
 @pytest.mark.parametrize(
     ("pattern", "meant"),
     [
         (ID, True),
-        ("test_parity.py::test_kl[qwen2_5_vl-tiny-rtn-image]", True),
+        ("test_parity.py::test_kl[Qwen2_5_VL-tiny-rtn-image]", True),
         ("test_parity.py::test_kl[*-rtn-*]", True),
         ("test_parity.py::test_kl[*]", True),
         ("test_parity.py::*", True),

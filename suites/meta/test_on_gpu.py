@@ -1,0 +1,54 @@
+"""The engine is the same on a GPU: the same choices in float32, nearly the same in 16 bits, artifacts that hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixtures.adapters import ADAPTERS
+from fixtures.adapters.view import HubView
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import audit_linears
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.pseudo_quantize import Scheme
+from fixtures.core.recipe import Recipe
+from fixtures.engines.loading import load_model, load_processor
+from fixtures.quantizers import calibration, quantize
+from fixtures.quantizers.activation_aware import quantize_layers
+
+pytestmark = pytest.mark.gpu
+VL = ADAPTERS["qwen2_5_vl"]
+Losses = list[tuple[float | None, float]]
+
+
+def searched(reference: Checkpoint, dtype: torch.dtype, device: str) -> Losses:
+    """(exponent, loss) of every scaling group, searched on a device."""
+    batches = calibration.batches(VL, load_processor(reference), calibration.built_in(VL, per_modality=8))
+    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    model = load_model(reference, VL, dtype, device)
+    layers = quantize_layers(model, HubView(reference, VL), Scheme(), moved)
+    return [(g["exponent"], g["loss"]) for layer in layers for g in layer.record["scaling"].values()]
+
+
+def test_same_search_in_float32(tiny_reference: Checkpoint) -> None:
+    """In float32 the search on a GPU finds the CPU's exponents and losses."""
+    on_cpu, on_gpu = (searched(tiny_reference, torch.float32, device) for device in ("cpu", "cuda"))
+    assert [exponent for exponent, _ in on_gpu] == [exponent for exponent, _ in on_cpu]
+    assert [loss for _, loss in on_gpu] == pytest.approx([loss for _, loss in on_cpu], rel=1e-2)
+
+
+def test_search_in_bfloat16(tiny_reference: Checkpoint) -> None:
+    """In bfloat16 the search's losses stay within a fifth of float32's."""
+    exact, rounded = (searched(tiny_reference, dtype, "cuda") for dtype in (torch.float32, torch.bfloat16))
+    assert [loss for _, loss in rounded] == pytest.approx([loss for _, loss in exact], rel=0.2)
+
+
+def test_artifact_holds(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """An artifact quantized on a GPU is within theory's bound, as one quantized on a CPU is."""
+    samples = calibration.built_in(VL, per_modality=8)
+    quantize(tiny_reference, Recipe("awq"), samples, tmp_path / "artifact", device="cuda")
+    errors = list(audit_linears(Pair(tiny_reference, Checkpoint(tmp_path / "artifact"))))
+    assert len(errors) == 28
+    assert max(error.largest_error for error in errors) <= 1.001
