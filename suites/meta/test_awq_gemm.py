@@ -235,7 +235,6 @@ def test_symmetric_codes_are_refused():
         pytest.param({"bits": 4, "group_size": 64, "version": "GEMM"}, Scheme(4, 64), id="upper case"),
         pytest.param({"bits": 4, "group_size": -1}, Scheme(4, -1), id="per row"),
         pytest.param({"w_bit": 4, "q_group_size": 32}, Scheme(4, 32), id="older names"),
-        pytest.param({"bits": 4, "group_size": 128, "zero_point": False}, Scheme(4, 128, False), id="symmetric"),
         pytest.param({}, Scheme(4, 128), id="defaults"),
     ],
 )
@@ -255,6 +254,7 @@ def test_scheme(config, scheme):
         pytest.param({"w_bit": 3}, "says 3 bits", id="3 bits, older name"),
         pytest.param({"bits": "4"}, "says 4 bits", id="bits as text"),
         pytest.param({"bits": None}, "says None bits", id="no bits"),
+        pytest.param({"zero_point": False}, "says no zero points", id="symmetric"),
         pytest.param({"group_size": 0}, "group size 0: must be positive", id="groups of 0"),
         pytest.param({"group_size": -2}, "group size -2: must be positive", id="groups of -2"),
         pytest.param({"group_size": "x"}, "group size 'x'", id="groups of x"),
