@@ -22,7 +22,7 @@ from reports.render import render
 from reports.stash import ABOUT
 from reports.translate import ATTRIBUTE, identity, module_of, result_of, with_failed_teardown
 
-_COLORS = {"proved": "green", "disproved": "red", "incomplete": "yellow"}
+_COLORS = {"proved": "green", "known bad": "yellow", "disproved": "red", "incomplete": "yellow"}
 
 
 class Recorder:

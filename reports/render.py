@@ -73,7 +73,7 @@ def _context(run: Run) -> dict[str, Any]:
 def _headline(found: list[verdict.Verdict]) -> str:
     if not found:
         return "No target was checked"
-    counts = {word: sum(v.word == word for v in found) for word in ("proved", "disproved", "incomplete")}
+    counts = {word: sum(v.word == word for v in found) for word in ("proved", "known bad", "disproved", "incomplete")}
     said = [f"{count} {word}" for word, count in counts.items() if count]
     return f"{verdict.counted(len(found), 'target')}: {', '.join(said)}"
 

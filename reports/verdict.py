@@ -12,7 +12,7 @@ from typing import Literal
 from fixtures.core.measurement import Measurement
 from fixtures.core.results import Outcome, Result, Run
 
-Word = Literal["proved", "disproved", "incomplete"]
+Word = Literal["proved", "known bad", "disproved", "incomplete"]
 
 _ORDER = ("coverage", "roundtrip", "calibration", "parity", "memory", "throughput", "serving")
 _LABELS: dict[Outcome, str] = {  # the worst first
@@ -35,10 +35,15 @@ class Verdict:
 
     @property
     def word(self) -> Word:
-        """``disproved`` by any failure; ``proved`` only by bounds that hold, with nothing left out."""
+        """``disproved`` by any failure; ``proved`` only by bounds that hold, with nothing left out.
+
+        ``known bad`` where the only failures are listed as known: no news, and no proof either.
+        """
         if self.failures:
             return "disproved"
-        return "incomplete" if self.gaps else "proved"
+        if self.gaps:
+            return "incomplete"
+        return "known bad" if self._known_bad else "proved"
 
     def __str__(self) -> str:
         match self.word:
@@ -46,8 +51,10 @@ class Verdict:
                 return "DISPROVED"
             case "incomplete":
                 return f"incomplete ({', '.join((*self.gaps, *self._known_bad))})"
+            case "known bad":
+                return f"known bad ({counted(self._xfailed, 'check')})"
             case "proved":
-                return ", ".join(("proved", *self._known_bad))
+                return "proved"
 
     @cached_property
     def failures(self) -> tuple[Result, ...]:
@@ -88,10 +95,15 @@ class Verdict:
                 return f"is disproved: {len(self.failures)} of {checks} failed ({why})."
             case "incomplete":
                 return f"is neither proved nor disproved by {checks}: {', '.join(self.gaps)}."
+            case "known bad":
+                passed = counted(sum(r.outcome == "passed" for r in self.results), "other check")
+                return (
+                    f"is known bad: {self._xfailed} of {checks} fail as they are known to; {_held(len(self.held))} "
+                    f"in {passed}."
+                )
             case "proved":
-                but = f", but for {self._known_bad[0]}" if self._known_bad else ""
                 passed = counted(sum(r.outcome == "passed" for r in self.results), "check")
-                return f"is proved{but}: {_held(len(self.held))} in {passed}{self._tightest}."
+                return f"is proved: {_held(len(self.held))} in {passed}{self._tightest}."
 
     @property
     def _tightest(self) -> str:
@@ -104,8 +116,11 @@ class Verdict:
 
     @property
     def _known_bad(self) -> tuple[str, ...]:
-        count = sum(r.outcome == "xfailed" for r in self.results)
-        return (f"{count} known bad",) if count else ()
+        return (f"{self._xfailed} known bad",) if self._xfailed else ()
+
+    @property
+    def _xfailed(self) -> int:
+        return sum(r.outcome == "xfailed" for r in self.results)
 
 
 def verdicts(run: Run) -> list[Verdict]:

@@ -74,14 +74,14 @@ def test_resolution(linear_errors: Sequence[LinearError], target: Target, limits
     )
 
 
-def test_clipping(linear_errors: Sequence[LinearError], limits: Limits, verify: Verify) -> None:
+def test_clipping(linear_errors: Sequence[LinearError], target: Target, limits: Limits, verify: Verify) -> None:
     """Few weights lie beyond the range of their codes."""
     most = worst(linear_errors, lambda e: e.clipped)
     verify(
         "clipped weights",
         most and most.clipped,
         "share of a linear",
-        at_most=limits("roundtrip.clipped"),
+        at_most=limits("roundtrip.clipped", target.quantizer),
         detail=named(most),
     )
     verify.table("Clipped weights per layer", ("layer", "linear", "share"), rows(linear_errors, lambda e: e.clipped))

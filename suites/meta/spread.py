@@ -72,7 +72,7 @@ def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> d
                     found[modality, quantity] = measured.value
     verify = listener()
     pair = Pair(reference, artifact)
-    test_roundtrip.test_clipping(list(audit_linears(pair)), limits, verify)
+    test_roundtrip.test_clipping(list(audit_linears(pair)), target, limits, verify)
     if calibrated:
         batches = calibration.batches(adapter, load_processor(reference), [s for m in samples.values() for s in m[:16]])
         model = load_model(reference, adapter, torch.float32)

@@ -21,7 +21,7 @@ from fixtures.subjects.storage import digests, written_whole
 NAME = "qwen2_5_vl-tiny"
 HELD_OUT = 96  # samples per modality: three standard deviations of a share of 0.98 are 0.043
 TEXT_ANSWER = "2556 the grim ram sat in the odd hill early"  # of the first text of seed 3
-PIXEL_DIGEST = "237bff3e2dd3a0c4"  # of the first image and video of seed 3
+PIXEL_DIGEST = "871e011f8f917129"  # of the first image and video of seed 3
 EVERY_SPLIT = [(modality, split) for modality in MODALITIES for split in SPLITS]
 
 
