@@ -124,9 +124,7 @@ def margin_text(measurement: Measurement) -> str:
     if measurement.value == bound.limit:
         return "exact" if bound.kind == "equal_to" else "at the bound"
     if share is None:  # no value, or a bound of zero
-        return (
-            "not a number" if math.isnan(measurement.value) else "inside" if measurement.holds else "beyond"
-        )
+        return "not a number" if math.isnan(measurement.value) else "inside" if measurement.holds else "beyond"
     return f"{verdict.percent(share)} {'inside' if share > 0 else 'beyond'}"
 
 

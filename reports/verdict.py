@@ -62,9 +62,7 @@ class Verdict:
 
         An error is no disproof: it tells of the run rather than of the checkpoint.
         """
-        return tuple(
-            r for r in self.results if r.outcome == "failed" or (r.outcome == "passed" and broken(r))
-        )
+        return tuple(r for r in self.results if r.outcome == "failed" or (r.outcome == "passed" and broken(r)))
 
     @cached_property
     def gaps(self) -> tuple[str, ...]:
@@ -127,9 +125,7 @@ def verdicts(run: Run) -> list[Verdict]:
     """A verdict on each target of the run, in the order in which they appear."""
     unheard = tuple(r.id for r in run.results if r.outcome == "error" and "::" not in r.id)
     targets = dict.fromkeys(r.target_id for r in run.results if r.target_id)
-    return [
-        Verdict(target, tuple(r for r in run.results if r.target_id == target), unheard) for target in targets
-    ]
+    return [Verdict(target, tuple(r for r in run.results if r.target_id == target), unheard) for target in targets]
 
 
 def suites(results: Iterable[Result]) -> list[str]:

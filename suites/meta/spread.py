@@ -1,6 +1,7 @@
 """How far the figures of a good artifact spread: ``python -m suites.meta.spread awq --seeds 5``.
 
-Quantizes a shipped reference anew with another calibration set and asks other held-out samples for every seed, and prints
+Quantizes a shipped reference anew with another calibration set and asks other held-out samples for every seed, and
+prints
 mean, standard deviation and mean + 6 sigma of every judged quantity: what ``limits.toml`` is made from.
 """
 
@@ -49,7 +50,8 @@ def main() -> None:
         print(f"seed {seed} done", flush=True)
     for (modality, quantity), values in found.items():
         mean, sigma = statistics.fmean(values), statistics.stdev(values)
-        print(f"{modality:<6} {quantity:<32} {mean:.5g} +- {sigma:.2g}   mean+6s {mean + 6 * sigma:.5g} mean-6s {mean - 6 * sigma:.5g}")
+        low, high = mean - 6 * sigma, mean + 6 * sigma
+        print(f"{modality:<6} {quantity:<32} {mean:.5g} +- {sigma:.2g}   6 sigma: {low:.5g} .. {high:.5g}")
 
 
 def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> dict[tuple[str, str], float]:

@@ -70,7 +70,7 @@ def test_names() -> None:
 
 
 def test_grouped_query_attention_has_no_output_group() -> None:
-    """v is folded into o only where every query head has a value head of its own."""
+    """V is folded into o only where every query head has a value head of its own."""
     config = published_config("qwen2_5_vl-3b")
     assert [group.name for group in VL.scaling_groups(config)] == ["qkv", "gate_up", "down"]
     config["text_config"]["num_key_value_heads"] = config["text_config"]["num_attention_heads"]

@@ -42,7 +42,7 @@ def one_line(run: subprocess.CompletedProcess[str]) -> str:
 
 
 def suites(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """pytest in a process of its own, as a user runs it."""
+    """Pytest in a process of its own, as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "pytest", "suites", "--ignore=suites/meta", "-q", *map(str, arguments)],
         cwd=ROOT,

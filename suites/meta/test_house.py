@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BACKENDS = {"vllm", "awq", "bitsandbytes", "gptqmodel"}
 MODULES = sorted(
-    file for folder in ("fixtures", "reports", "suites") for file in (ROOT / folder).rglob("*.py") if file.name[0] != "."
+    file
+    for folder in ("fixtures", "reports", "suites")
+    for file in (ROOT / folder).rglob("*.py")
+    if file.name[0] != "."
 )
 TESTS = [
     (file, node)
@@ -66,7 +69,7 @@ def test_core_never_imports_pytest() -> None:
 
 
 def test_reports_import_only_values() -> None:
-    """reports knows nothing of the house but core's value objects."""
+    """Reports knows nothing of the house but core's value objects."""
     for file in within("reports"):
         names = {name for name in imported(file, anywhere=True) if name.split(".")[0] in {"fixtures", "suites"}}
         assert all(name.startswith("fixtures.core") for name in names), file

@@ -93,9 +93,7 @@ def by_autoawq(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("names", ["in-memory names", "names of transformers 4.51"])
-def test_artifact_of_autoawq(
-    names: str, by_autoawq: Path, tiny_reference: Checkpoint, tmp_path: Path
-) -> None:
+def test_artifact_of_autoawq(names: str, by_autoawq: Path, tiny_reference: Checkpoint, tmp_path: Path) -> None:
     """AutoAWQ's artifact is audited under either naming: its weights hold, and its two real faults are found.
 
     Its skip list makes transformers 5 quantize the vision tower, and its saver turns sampling on.

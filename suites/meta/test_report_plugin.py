@@ -168,7 +168,7 @@ def test_plugin_speaks_in_the_terminal(verify_suite):
         [
             "*= verdict =*",
             "target *suite *verdict",
-            "vl-tiny-awq *1 known bad, 2 ok *proved, 1 known bad",
+            "vl-tiny-awq *1 known bad, 2 ok *known bad (1 check)",
             "vl-tiny-rtn *1 FAILED, 1 no longer bad, 1 ok *DISPROVED",
             "not asked for: 1 deselected",
             "*out*results.json",

@@ -1,4 +1,4 @@
-"""Every check of answers fails on the fault it exists for: NaN, missing prompts, damaged weights, a search that harms."""
+"""Every check of answers fails on the fault it exists for: NaN, missing prompts, damaged weights, a harmful search."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ BABBLING: dict[str, Callable[[Answer], object]] = {"greedy": lambda a: (0, *a.gr
 UNGRADED: dict[str, Callable[[Answer], object]] = {"right": lambda _: None}
 DRIFTED: dict[str, Callable[[Answer], object]] = {"hidden": lambda a: None if a.hidden is None else a.hidden * 1.5}
 NO_HIDDEN: dict[str, Callable[[Answer], object]] = {"hidden": lambda _: None}
-HIDDEN_NAN: dict[str, Callable[[Answer], object]] = {"hidden": lambda a: None if a.hidden is None else a.hidden * math.nan}
+HIDDEN_NAN: dict[str, Callable[[Answer], object]] = {
+    "hidden": lambda a: None if a.hidden is None else a.hidden * math.nan
+}
 
 PLANTED = [
     (test_parity.test_next_token_distribution, "mean token KL", ONE_NAN),
