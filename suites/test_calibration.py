@@ -25,14 +25,14 @@ def test_search_gain(group_losses: Sequence[GroupLoss], target: Target, limits: 
     verify(
         "worst group's loss, of RTN's",
         worst and worst.ratio,
-        at_most=limits("calibration.worst_group", target.weights, target.quantizer),
+        at_most=limits("calibration.worst_group", target.weights),
         detail=worst.name if worst else "",
     )
     verify(
         "loss of all groups, of RTN's",
         typical,
         "geometric mean",
-        at_most=limits("calibration.typical_group", target.weights, target.quantizer),
+        at_most=limits("calibration.typical_group", target.weights),
     )
     verify.table(
         "Search gain per layer",
