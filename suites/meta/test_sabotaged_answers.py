@@ -145,7 +145,7 @@ def test_no_samples_are_not_recorded(tmp_path: Path) -> None:
         Answers.record(tmp_path / "none", [])
 
 
-@pytest.mark.parametrize("fault", [faults.wrong_nibble_order, faults.zero_off_by_one], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fault", [faults.wrong_nibble_order, faults.all_zero_weights], ids=lambda f: f.__name__)
 def test_damaged_weights_are_heard(
     fault: Callable[[Path], None],
     good_artifact: Path,
