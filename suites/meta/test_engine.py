@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixtures.adapters import ADAPTERS
 from fixtures.adapters.view import HubView
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import audit_linears
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.pseudo_quantize import Scheme, pseudo_quantize_tensor
+from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
-from fixtures.quantizers import calibration
+from fixtures.faults.editing import copied
+from fixtures.quantizers import calibration, quantize
 from fixtures.quantizers.activation_aware import clipping, scaling
 from fixtures.quantizers.activation_aware.capture import decoder_calls, layer_features
 from fixtures.quantizers.activation_aware.engine import fold, quantize_layers
@@ -189,6 +194,26 @@ def test_splits_differ() -> None:
     for modality in VL.modalities:
         seen = {calibration.digest([s]) for s in draw(modality, "calibration", 32)}
         assert not seen & {calibration.digest([s]) for s in draw(modality, "evaluation", 64)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantizer", ["rtn", "awq"])
+def test_references_of_other_dtypes(
+    quantizer: str, dtype: torch.dtype, tiny_reference: Checkpoint, tmp_path: Path
+) -> None:
+    """A reference in float16 or float32 is quantized as one in bfloat16 is: within theory's bound, dtypes kept."""
+    mine = copied(tiny_reference.path, tmp_path / "mine")
+    for shard in mine.glob("*.safetensors"):
+        save_file({name: t.to(dtype) for name, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    reference = Checkpoint(mine)
+    samples = calibration.built_in(VL, per_modality=4) if quantizer == "awq" else []
+    quantize(reference, Recipe(quantizer), samples, tmp_path / "artifact")
+    artifact = Checkpoint(tmp_path / "artifact")
+    errors = list(audit_linears(Pair(reference, artifact)))
+    assert len(errors) == 28
+    assert max(error.largest_error for error in errors) <= 1.001
+    kept = [name for name in artifact.tensors if name in reference.tensors]
+    assert {artifact.tensors[name].torch_dtype for name in kept} == {dtype}
 
 
 def test_kept_tensors_keep_their_dtype(good_artifact: Path, tiny_reference: Checkpoint) -> None:
