@@ -116,6 +116,9 @@ def shown(value: object) -> str:
     return readable(value) if isinstance(value, int | float) else str(value)
 
 
+FAR = 10  # bounds' worth of margin from which percent say less than a factor
+
+
 def margin_text(measurement: Measurement) -> str:
     """How far from its bound a value is, in words: ``38 % inside``."""
     bound, share = measurement.bound, verdict.margin(measurement)
@@ -125,6 +128,8 @@ def margin_text(measurement: Measurement) -> str:
         return "exact" if bound.kind == "equal_to" else "at the bound"
     if share is None:  # no value, or a bound of zero
         return "not a number" if math.isnan(measurement.value) else "inside" if measurement.holds else "beyond"
+    if abs(share) > FAR and bound.limit:
+        return f"{readable(round(measurement.value / bound.limit))} x the bound"
     return f"{verdict.percent(share)} {'inside' if share > 0 else 'beyond'}"
 
 

@@ -256,6 +256,7 @@ def test_verdicts_keep_targets_apart():
     [
         ("at_most", 0.02, 0.005, 0.75, "75 % inside"),
         ("at_most", 0.02, 0.03, -0.5, "50 % beyond"),
+        ("at_least", 2.0, 128.0, 63.0, "64 x the bound"),
         ("at_least", 3.0, 3.3, 0.1, "10 % inside"),
         ("at_least", -2.0, -3.0, -0.5, "50 % beyond"),
         ("at_most", 2.0, 2.0, 0.0, "at the bound"),
@@ -373,7 +374,7 @@ def test_page_tells():
 
     for said in (
         "is disproved: 1 of 2 checks failed (mean token KL: 0.314 nats, must be at most 0.02 nats).",
-        "1470 % beyond",
+        "16 x the bound",
         "rain.wav, token 17",
         "Answers stay close.",
         "worst: rain.wav",
