@@ -3,9 +3,9 @@
 pytest_plugins = [
     "pytester",
     "fixtures.options",
-    "fixtures.expected",
     "fixtures.checkpoints",
     "fixtures.engines_under_test",
     "fixtures.verifying",
+    "fixtures.expected",
     "reports.plugin",
 ]

@@ -86,6 +86,8 @@ def test_task_accuracy(
 ) -> None:
     """Greedy answers are right as often as the reference's, question by question."""
     graded = [(a, b) for a, b in pairs if a.right is not None and b.right is not None]
+    if graded and not any(a.right for a, _ in graded):
+        pytest.skip("the reference answers none of these questions rightly, so that nothing could be lost")
     drop, error = metrics.accuracy_drop([bool(a.right) for a, _ in graded], [bool(b.right) for _, b in graded])
     lost = next(((a, b) for a, b in graded if a.right and not b.right), None)
 
@@ -155,7 +157,7 @@ def test_better_than_rounding(
     ours, plain = mean_kl(quantized_answers), mean_kl(rtn_answers)
     verify(
         "mean token KL, of RTN's",
-        ours / plain,
+        ours / plain if plain else None,
         at_most=limits("parity.awq_over_rtn", target.weights),
         detail=f"{target.quantizer} {ours:.3g} nats, rtn {plain:.3g} nats",
     )

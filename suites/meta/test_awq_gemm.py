@@ -293,13 +293,13 @@ def test_missing_part(artifact, part):
     parts = parts_of()
     del parts[part]
 
-    with pytest.raises(CheckpointError, match=rf"{LINEAR} lacks its {part}$"):
+    with pytest.raises(CheckpointError, match=rf"{LINEAR}: lacks its {part}$"):
         awq_gemm.load(artifact(parts), LINEAR, Scheme(4, 8))
 
 
 def test_missing_linear(artifact):
     """A linear that is not there is refused."""
-    with pytest.raises(CheckpointError, match="lm_head lacks its qweight"):
+    with pytest.raises(CheckpointError, match="lm_head: lacks its qweight"):
         awq_gemm.load(artifact(parts_of()), "lm_head", Scheme(4, 8))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from fixtures.core.checkpoint import INDEX, Checkpoint
 from fixtures.core.errors import UserError
@@ -74,6 +75,17 @@ def test_broken_reference(case: str, damaged: Path) -> None:
     assert str(damaged) in line
 
 
+def test_artifact_that_lacks_a_part(tiny_reference: Checkpoint, good_artifact: Path, tmp_path: Path) -> None:
+    """An artifact whose codes have no scales is refused, naming the linear."""
+    artifact = copied(good_artifact, tmp_path / "artifact")
+    name = "model.layers.1.mlp.up_proj.scales"
+    edit_shard(artifact, name, lambda tensors: tensors.__delitem__(name))
+    arguments = ("--family", "qwen2_5_vl", "--reference", tiny_reference.path, "--artifact", artifact)
+    line = one_line(run := suites(*arguments))
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "model.layers.1.mlp.up_proj: lacks its scales" in line
+
+
 CHOICES: dict[str, tuple[list[str], str]] = {
     "unknown quantizer": (["--quantizer", "aqw"], "unknown quantizer 'aqw'; did you mean 'awq'?"),
     "unknown modality": (["--modality", "vidoe"], "did you mean 'video'?"),
@@ -83,6 +95,8 @@ CHOICES: dict[str, tuple[list[str], str]] = {
     "reference without family": (["--reference", "."], "--reference needs --family"),
     "missing calibration": (["--calibration", "nowhere.jsonl"], "no such calibration file: nowhere.jsonl"),
     "missing limits": (["--limits", "nowhere.toml"], "limits nowhere.toml cannot be read"),
+    "group size dividing nothing": (["--group-size", "100"], "divides no linear of"),
+    "unknown device": (["--device", "bogus"], "device 'bogus' cannot be used here"),
     "group size zero": (["--group-size", "0"], "group size 0: must be positive"),
 }
 
@@ -166,11 +180,21 @@ def test_nan_in_the_reference(damaged: Path, tmp_path: Path) -> None:
     assert not [file for file in tmp_path.iterdir() if "out" in file.name]
 
 
-def test_full_disk(tiny_reference: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["of the system", "of safetensors"],
+)
+def test_full_disk(
+    error: Exception, tiny_reference: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that fills up while quantizing is one line, and no half artifact is left."""
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(artifacts, "save_file", full)
     with pytest.raises(UserError, match="disk full while writing"):

@@ -108,22 +108,22 @@ def test_override(file):
 
 def test_override_of_a_case(file):
     """A user's entry for a case leaves the other cases their limits."""
-    first = file("[new.limit]\nlimit = {default = 1, tiny = {awq = 2}}\nwhy = 'First.'", "first.toml")
-    second = file("[new.limit]\nlimit = {tiny = {rtn = 3}}\nwhy = 'Second.'", "second.toml")
+    first = file("[parity.accuracy_drop]\nlimit = {default = 1, tiny = {awq = 2}}\nwhy = 'First.'", "first.toml")
+    second = file("[parity.accuracy_drop]\nlimit = {tiny = {rtn = 3}}\nwhy = 'Second.'", "second.toml")
 
     limits = load_limits(first, second)
 
-    found = [limits("new.limit", *case) for case in (("tiny", "rtn"), ("tiny", "awq"), ("3B", "awq"))]
+    found = [limits("parity.accuracy_drop", *case) for case in (("tiny", "rtn"), ("tiny", "awq"), ("3B", "awq"))]
     assert found == [3, 2, 1]
-    assert limits.why("new.limit") == "Second."
+    assert limits.why("parity.accuracy_drop") == "Second."
 
 
 def test_last_override_wins(file):
     """Of several files the last one wins."""
-    files = [file(f"[new.limit]\nlimit = {n}\nwhy = 'Because {n}.'", f"{n}.toml") for n in (1, 2)]
+    files = [file(f"[parity.accuracy_drop]\nlimit = {n}\nwhy = 'Because {n}.'", f"{n}.toml") for n in (1, 2)]
 
-    assert load_limits(*files)("new.limit") == 2
-    assert load_limits(*reversed(files))("new.limit") == 1
+    assert load_limits(*files)("parity.accuracy_drop") == 2
+    assert load_limits(*reversed(files))("parity.accuracy_drop") == 1
 
 
 def test_files_are_not_remembered(file):
@@ -143,6 +143,7 @@ def test_files_are_not_remembered(file):
         pytest.param("[roundtrip.clipped]\nwhy = ''", r"\[roundtrip\.clipped\] needs", id="shipped why emptied"),
         pytest.param("[a.b]\nwhy = 'Because.'", r"\[a\.b\] needs a limit and a why", id="no limit"),
         pytest.param("[a]\nb = 1", r"\[a\.b\] needs a limit and a why", id="no table"),
+        pytest.param("[parity.top]\nlimit = 1\nwhy = 'x'", "did you mean 'parity.top1'", id="misspelt"),
         pytest.param("a = 1", "a is not a table of limits", id="no suite"),
         pytest.param("[a.b]\nlimit = inf\nwhy = 'x'", "not a finite number", id="infinite"),
         pytest.param("[a.b]\nlimit = nan\nwhy = 'x'", "not a finite number", id="NaN"),

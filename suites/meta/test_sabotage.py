@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.adapters import ADAPTERS
+from fixtures.audit.coverage import changed_tensors, folded_names
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import audit_linears
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.pseudo_quantize import Scheme
+from fixtures.core.recipe import Recipe
 from fixtures.faults import artifacts as faults
 from fixtures.faults.editing import copied
+from fixtures.options import Selection
+from fixtures.quantizers import calibration, quantize
+from fixtures.quantizers.cache import cached_artifact
+from fixtures.subjects import subject
 from fixtures.verifying import Verify
 from suites import test_calibration, test_coverage, test_roundtrip
+from suites.meta.answering import listener
 
 Audit = Callable[[Callable[..., None], Path], Verify]
 
@@ -62,11 +74,12 @@ PLANTED = {
             faults.vision_changed,
             faults.final_norm_changed,
             faults.untied_head,
+            faults.vision_in_fp8,
         ),
     },
     test_coverage.test_folded_norms: {
         "norms that no positive scales explain": (faults.negative_norm,),
-        "norm over reference, off the recorded scales": (faults.norm_not_folded,),
+        "norm over reference, off the recorded scales": (faults.norm_not_folded, faults.no_scales_record),
     },
     test_coverage.test_ties: {"head tied to the embedding": (faults.tie_flag_flipped,)},
     test_coverage.test_skip_list_in_transformers: {
@@ -87,7 +100,7 @@ PLANTED = {
     test_coverage.test_settings: {
         "config: settings that differ": (faults.other_epsilon,),
         "generation settings: settings that differ": (faults.other_end_of_turn,),
-        "tokenizer: settings that differ": (faults.other_tokenizer,),
+        "tokenizer: settings that differ": (faults.other_tokenizer, faults.other_merges),
         "chat template: settings that differ": (faults.other_chat_template,),
         "processor: settings that differ": (faults.more_pixels,),
     },
@@ -141,6 +154,29 @@ def test_every_judged_quantity_has_a_fault(good_artifact: Path, audit: Audit) ->
 # Every int32 word unpacks to eight codes and packs to itself again, so no artifact brings this down; a wrong packing
 # routine does: test_awq_gemm.
 NOT_BY_BYTES = {("test_codes", "linears whose words do not survive unpacking and packing")}
+
+
+def test_head_of_its_own_is_missed(selection: Selection, tmp_path: Path) -> None:
+    """An untied checkpoint that lost its head is caught; a good one is not accused."""
+    reference = Checkpoint(subject("qwen2_5_vl-tiny_untied", selection.cache / "subjects"))
+    good = cached_artifact(reference, Recipe("rtn"), (), selection.cache)
+    damaged = copied(good, tmp_path / "damaged")
+    faults.dropped_head(damaged)
+    for folder, holds in ((good, True), (damaged, False)):
+        verify = listener()
+        test_coverage.test_ties(Pair(reference, Checkpoint(folder)), verify)
+        assert {m.quantity: m.holds for m in verify.measurements}["heads of its own"] is holds
+
+
+def test_kept_linear_is_not_scaled(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """Where the group size fits down_proj alone, up_proj is kept and stays as it is."""
+    samples = calibration.built_in(ADAPTERS["qwen2_5_vl"], per_modality=2)
+    quantize(tiny_reference, Recipe("awq", Scheme(4, 512)), samples, tmp_path / "artifact")
+    pair = Pair(tiny_reference, Checkpoint(tmp_path / "artifact"))
+    assert {name.rsplit(".", 1)[-1] for name in pair.quantized} == {"down_proj"}
+    assert list(changed_tensors(pair)) == []
+    assert not [name for name in folded_names(pair) if "up_proj" in name]
+    assert max(error.largest_error for error in audit_linears(pair)) <= 1.001
 
 
 def test_every_check_is_sabotaged() -> None:

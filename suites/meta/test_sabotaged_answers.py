@@ -18,7 +18,7 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.targets import Target
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults import artifacts as faults
-from fixtures.faults.editing import copied
+from fixtures.faults.editing import copied, edit_json
 from fixtures.options import Selection
 from fixtures.quantizers import calibration
 from fixtures.subjects.samples import draw
@@ -161,6 +161,22 @@ def test_damaged_weights_are_heard(
         pairs = list(paired(of_reference[modality], of_damaged[modality]))
         measured = ask(test_parity.test_next_token_distribution, pairs, TARGET, modality, selection.limits)
         assert measured["mean token KL"].holds is False
+
+
+def test_greedy_is_greedy(of_reference: dict[str, Answers], tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """Greedy answers ignore what the checkpoint's generation settings say of sampling and penalties."""
+    penalizing = copied(tiny_reference.path, tmp_path / "penalizing")
+    settings = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 5.0}
+    edit_json(penalizing, "generation_config.json", lambda config: config.update(settings))
+    said = answers(Checkpoint(penalizing), VL, {"text": SAMPLES["text"]}, tmp_path / "answers")
+    assert [a.greedy for a in said["text"]] == [a.greedy for a in of_reference["text"]]
+
+
+def test_nothing_right_is_not_no_drop(good: Pairs, selection: Selection) -> None:
+    """A reference that answers nothing rightly has nothing to lose: the check is skipped, not passed."""
+    clueless = [(dataclasses.replace(a, right=False), b) for a, b in changed(good, right=lambda _: False)]
+    with pytest.raises(pytest.skip.Exception, match="answers none of these questions rightly"):
+        ask(test_parity.test_task_accuracy, clueless, TARGET, "text", selection.limits)
 
 
 @pytest.fixture(scope="module")
