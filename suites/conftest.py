@@ -46,6 +46,5 @@ def group_losses(
     device = selection.device
     model = load_model(reference, adapter, compute_dtype(reference, device), device)
     samples = [s for modality in selection.modalities_of(adapter) for s in evaluation_samples(modality)[:GAIN_SAMPLES]]
-    batches = calibration.batches(adapter, load_processor(reference), samples)
-    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    return list(measure_group_losses(pair, model, moved))
+    batches = calibration.batches(adapter, load_processor(reference), samples, device)
+    return list(measure_group_losses(pair, model, batches))

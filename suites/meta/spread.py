@@ -1,8 +1,7 @@
 """How far the figures of a good artifact spread: ``python -m suites.meta.spread awq --seeds 5``.
 
 Quantizes a shipped reference anew with another calibration set and asks other held-out samples for every seed, and
-prints
-mean, standard deviation and mean + 6 sigma of every judged quantity: what ``limits.toml`` is made from.
+prints mean, standard deviation and mean + 6 sigma of every judged quantity: what ``limits.toml`` is made from.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ Losses = list[tuple[float | None, float]]
 
 def searched(reference: Checkpoint, dtype: torch.dtype, device: str) -> Losses:
     """(exponent, loss) of every scaling group, searched on a device."""
-    batches = calibration.batches(VL, load_processor(reference), calibration.built_in(VL, per_modality=8))
-    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    samples = calibration.built_in(VL, per_modality=8)
+    batches = calibration.batches(VL, load_processor(reference), samples, device)
     model = load_model(reference, VL, dtype, device)
-    layers = quantize_layers(model, HubView(reference, VL), Scheme(), moved)
+    layers = quantize_layers(model, HubView(reference, VL), Scheme(), batches)
     return [(g["exponent"], g["loss"]) for layer in layers for g in layer.record["scaling"].values()]
 
 
