@@ -46,5 +46,12 @@ def group_losses(
     device = selection.device
     model = load_model(reference, adapter, compute_dtype(reference, device), device)
     samples = [s for modality in selection.modalities_of(adapter) for s in evaluation_samples(modality)[:GAIN_SAMPLES]]
-    batches = calibration.batches(adapter, load_processor(reference), samples, device)
-    return list(measure_group_losses(pair, model, batches))
+    processor = load_processor(reference)
+    return [
+        loss
+        for decoder in adapter.decoders(reference.config)
+        if decoder.tower in pair.towers
+        for loss in measure_group_losses(
+            pair, model, decoder, calibration.feeds(adapter, model, processor, decoder, samples, device)
+        )
+    ]

@@ -36,8 +36,8 @@ def test_search_gain(group_losses: Sequence[GroupLoss], target: Target, limits: 
     )
     verify.table(
         "Search gain per layer",
-        ("layer", "group", "loss of RTN's"),
-        ((g.layer, g.group, g.ratio) for g in group_losses),
+        ("tower", "layer", "group", "loss of RTN's"),
+        ((g.tower, g.layer, g.group, g.ratio) for g in group_losses),
     )
 
 
@@ -45,21 +45,21 @@ def test_search_gain(group_losses: Sequence[GroupLoss], target: Target, limits: 
 def test_search_record(search_record: Sequence[dict[str, Any]], verify: Verify) -> None:
     """By its own record, the search never settled for a larger loss than it started from."""
     scaling = [
-        (index, name, found["exponent"], found["loss"], found["loss rtn"])
-        for index, layer in enumerate(search_record)
+        (layer["tower"], layer["layer"], name, found["exponent"], found["loss"], found["loss rtn"])
+        for layer in search_record
         for name, found in layer["scaling"].items()
     ]
     clipping = [
-        (index, name, found["clipped"], found["loss"], found["loss unclipped"])
-        for index, layer in enumerate(search_record)
+        (layer["tower"], layer["layer"], name, found["clipped"], found["loss"], found["loss unclipped"])
+        for layer in search_record
         for name, found in layer["clipping"].items()
     ]
     for what, found in (("scaling group", scaling), ("clipped linear", clipping)):
         worse = [
-            f"layer {index}, {name}: {loss:.4g} from {start:.4g}"
-            for index, name, _, loss, start in found
+            f"{tower} layer {layer}, {name}: {loss:.4g} from {start:.4g}"
+            for tower, layer, name, _, loss, start in found
             if not loss <= start
         ]
         verify.none_of(f"{what}s that came out worse", worse, among=len(found))
-    verify.table("Scale search", ("layer", "group", "exponent", "loss", "loss of RTN"), scaling)
-    verify.table("Clip search", ("layer", "linear", "clipped share", "loss", "loss unclipped"), clipping)
+    verify.table("Scale search", ("tower", "layer", "group", "exponent", "loss", "loss of RTN"), scaling)
+    verify.table("Clip search", ("tower", "layer", "linear", "clipped share", "loss", "loss unclipped"), clipping)

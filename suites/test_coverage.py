@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pytest
 from torch import Tensor
 
 from fixtures.audit import engines_view
@@ -12,7 +13,7 @@ from fixtures.audit.pair import Pair
 from fixtures.audit.settings import differing_settings
 from fixtures.core.limits import Limits
 from fixtures.core.targets import Target
-from fixtures.options import RECORDED
+from fixtures.options import traits
 from fixtures.verifying import Verify
 
 
@@ -72,6 +73,7 @@ def test_every_tensor(pair: Pair, verify: Verify) -> None:
     )
 
 
+@pytest.mark.folding
 def test_folded_norms(
     pair: Pair, recorded_scales: Mapping[str, Tensor], target: Target, limits: Limits, verify: Verify
 ) -> None:
@@ -79,7 +81,7 @@ def test_folded_norms(
     norms = list(folded_norms(pair, recorded_scales))
     broken = [f"{norm.name}: {norm.broken} channels" for norm in norms if norm.broken]
     verify.none_of("norms that no positive scales explain", broken, among=len(norms))
-    if not recorded_scales and target.quantizer not in RECORDED:
+    if not recorded_scales and "recorded" not in traits(target):
         return  # somebody else's, or nothing was folded: the round trip judges what the norms say
     most = max(norms, key=lambda norm: (norm.off_record != norm.off_record, norm.off_record), default=None)
     verify(
@@ -106,8 +108,9 @@ def test_skip_list_in_transformers(pair: Pair, verify: Verify) -> None:
 
 
 def test_skip_list_in_vllm(pair: Pair, verify: Verify) -> None:
-    """VLLM makes quantized modules of exactly the linears that the artifact stores as codes."""
-    wrong = engines_view.misjudged(pair, engines_view.vllm_converts(pair, engines_view.skip_list(pair)))
+    """VLLM makes quantized modules of exactly those linears that the artifact stores as codes, and that it loads."""
+    converts = engines_view.vllm_converts(pair, engines_view.skip_list(pair))
+    wrong = engines_view.misjudged(pair, converts, engines_view.unserved(pair))
     verify.none_of("linears that vLLM misjudges", wrong, among=len(pair.linears), advice=advice(pair))
 
 
@@ -119,5 +122,7 @@ def test_settings(pair: Pair, verify: Verify) -> None:
 
 def advice(pair: Pair) -> str:
     """What to do about a skip list that is read wrongly."""
-    have, good = engines_view.skip_list(pair), list(pair.adapter.skip_list)
-    return f"modules_to_not_convert is {have}; set it to {good}, which both engines read rightly"
+    have = engines_view.skip_list(pair)
+    good = list(pair.adapter.skip_list(pair.reference.checkpoint.config, pair.towers))
+    name = "llm_int8_skip_modules" if pair.layout.method == "bitsandbytes" else "modules_to_not_convert"
+    return f"{name} is {have}; set it to {good}, which both engines read rightly"

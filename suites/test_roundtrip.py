@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import LinearError, allowed_excess
 from fixtures.core.limits import Limits
 from fixtures.core.targets import Target
-from fixtures.formats import awq_gemm
 from fixtures.verifying import Verify
+
+PLACE = ("tower", "layer", "linear")
 
 
 def test_rounding(linear_errors: Sequence[LinearError], target: Target, limits: Limits, verify: Verify) -> None:
@@ -36,7 +35,7 @@ def test_rounding(linear_errors: Sequence[LinearError], target: Target, limits: 
         at_most=limits("roundtrip.largest_end_error", target.quantizer),
         detail=named(at_ends),
     )
-    verify.table("Error per layer", ("layer", "linear", "half scales"), rows(linear_errors, lambda e: e.largest_error))
+    verify.table("Error per layer", (*PLACE, "half scales"), rows(linear_errors, lambda e: e.largest_error))
 
 
 def test_frobenius(linear_errors: Sequence[LinearError], limits: Limits, verify: Verify) -> None:
@@ -50,9 +49,7 @@ def test_frobenius(linear_errors: Sequence[LinearError], limits: Limits, verify:
     verify("relative Frobenius error, of theory's", most and over_theory(most), at_most=1.0, detail=named(most))
     largest = worst(linear_errors, lambda e: e.frobenius)
     verify.note("largest relative Frobenius error", largest and largest.frobenius, detail=named(largest))
-    verify.table(
-        "Frobenius error per layer", ("layer", "linear", "relative"), rows(linear_errors, lambda e: e.frobenius)
-    )
+    verify.table("Frobenius error per layer", (*PLACE, "relative"), rows(linear_errors, lambda e: e.frobenius))
 
 
 def test_resolution(linear_errors: Sequence[LinearError], target: Target, limits: Limits, verify: Verify) -> None:
@@ -84,7 +81,7 @@ def test_clipping(linear_errors: Sequence[LinearError], target: Target, limits: 
         at_most=limits("roundtrip.clipped", target.quantizer),
         detail=named(most),
     )
-    verify.table("Clipped weights per layer", ("layer", "linear", "share"), rows(linear_errors, lambda e: e.clipped))
+    verify.table("Clipped weights per layer", (*PLACE, "share"), rows(linear_errors, lambda e: e.clipped))
 
 
 def test_codes(linear_errors: Sequence[LinearError], pair: Pair, verify: Verify) -> None:
@@ -101,7 +98,13 @@ def test_codes(linear_errors: Sequence[LinearError], pair: Pair, verify: Verify)
     verify.none_of("linears whose codes change when coded again", recoded, among=len(linear_errors))
     verify("weights looked at", weights, at_least=1)
     verify.none_of(
-        "linears whose words do not survive unpacking and packing", repacked(pair), among=len(pair.quantized)
+        "linears whose words do not survive unpacking and packing",
+        [
+            name
+            for name in sorted(pair.quantized)
+            if not pair.layout.repacks(pair.artifact.checkpoint, pair.stored(name))
+        ],
+        among=len(pair.quantized),
     )
 
 
@@ -115,17 +118,6 @@ def named(error: LinearError | None) -> str:
     return error.name if error else "no linear is quantized"
 
 
-def rows(errors: Sequence[LinearError], key: Callable[[LinearError], float]) -> list[tuple[int, str, float]]:
-    """(layer, linear, value) for the report's heat map."""
-    return [(e.layer, e.linear, key(e)) for e in errors]
-
-
-def repacked(pair: Pair) -> list[str]:
-    """Linears whose packed words are not what packing their unpacked codes gives."""
-    changed = []
-    for name in sorted(pair.quantized):
-        for part in ("qweight", "qzeros"):
-            words = pair.artifact.load(f"{name}.{part}")
-            if not torch.equal(awq_gemm.pack(awq_gemm.unpack(words)), words):
-                changed.append(f"{name}.{part}")
-    return changed
+def rows(errors: Sequence[LinearError], key: Callable[[LinearError], float]) -> list[tuple[str, int, str, float]]:
+    """(tower, layer, linear, value) for the report's heat map."""
+    return [(e.place.tower, e.place.layer, e.place.linear, key(e)) for e in errors]

@@ -14,10 +14,9 @@ from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
 from fixtures.checkpoints import read_scales, read_search
 from fixtures.core.checkpoint import Checkpoint
-from fixtures.core.recipe import Recipe
 from fixtures.core.targets import Target
 from fixtures.options import Selection
-from fixtures.quantizers import calibration
+from fixtures.quantizers import calibration, recipe_for
 from fixtures.quantizers.cache import cached_artifact
 from fixtures.subjects import shipped
 from fixtures.verifying import Verify
@@ -37,7 +36,7 @@ def tiny_reference() -> Checkpoint:
 def good_artifact(tiny_reference: Checkpoint, selection: Selection) -> Path:
     """A good artifact of the shipped reference, by our AWQ; never to be changed, only copied."""
     samples = calibration.built_in(ADAPTERS["qwen2_5_vl"])
-    recipe = Recipe("awq", selection.scheme, calibration.digest(samples))
+    recipe = recipe_for("awq", None, calibration=calibration.digest(samples))
     return cached_artifact(tiny_reference, recipe, samples, selection.cache)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fixtures.core.pseudo_quantize import Scheme, pseudo_quantize_tensor
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied
-from fixtures.quantizers import calibration, quantize
+from fixtures.quantizers import Job, calibration, quantize
 from fixtures.quantizers.activation_aware import clipping, scaling
 from fixtures.quantizers.activation_aware.capture import decoder_calls, layer_features
 from fixtures.quantizers.activation_aware.engine import fold, quantize_layers
@@ -49,9 +50,10 @@ def test_folding_keeps_the_function(
     before = [model(**batch).logits for batch in batches]
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    groups = VL.scaling_groups(tiny_reference.config)
+    (decoder,) = VL.decoders(tiny_reference.config)
+    groups = decoder.groups
     try:
-        for layer in VL.decoder_layers(model):
+        for layer in decoder.modules(model):
             tensors = dict(layer.state_dict())
             widths = {group: tensors[f"{group.linears[0]}.weight"].shape[1] for group in groups}
             scales = {group: torch.rand(width, generator=generator) * 4 + 0.25 for group, width in widths.items()}
@@ -67,8 +69,8 @@ def test_folding_one_side_only_is_noticed(
     model: nn.Module, batches: list[dict[str, torch.Tensor]], tiny_reference: Any
 ) -> None:
     """The comparison above can fail: scales in the linears alone change the logits."""
-    layer = VL.decoder_layers(model)[0]
-    group = VL.scaling_groups(tiny_reference.config)[0]
+    (decoder,) = VL.decoders(tiny_reference.config)
+    layer, group = decoder.modules(model)[0], decoder.groups[0]
     weight = layer.get_submodule(group.linears[2]).weight
     with torch.no_grad():
         before = model(**batches[0]).logits
@@ -82,13 +84,16 @@ def test_folding_one_side_only_is_noticed(
 @pytest.fixture(scope="module")
 def quantized(model: nn.Module, batches: list[dict[str, torch.Tensor]], tiny_reference: Checkpoint) -> list[Any]:
     """All decoder layers, by our engine."""
-    return list(quantize_layers(model, HubView(tiny_reference, VL), SCHEME, batches))
+    job = Job(HubView(tiny_reference, VL), Recipe("awq", SCHEME), ())
+    (decoder,) = VL.decoders(tiny_reference.config)
+    feeds = [partial(model, **batch) for batch in batches]
+    return list(quantize_layers(model, job.reference, decoder, job.to_quantize, SCHEME, feeds))
 
 
 def test_search_never_loses_to_rtn(quantized: list[Any], model: nn.Module) -> None:
     """In every scaling group the loss found is at most plain rounding's; somewhere it is far below."""
     found = [group for layer in quantized for group in layer.record["scaling"].values()]
-    assert len(found) == 3 * len(VL.decoder_layers(model))
+    assert len(found) == 3 * 4
     assert all(group["loss"] <= group["loss rtn"] for group in found)
     assert min(group["loss"] / group["loss rtn"] for group in found) < 0.5, "the outliers were not found"
 
@@ -97,8 +102,8 @@ def test_recorded_loss_is_the_real_one(
     quantized: list[Any], model: nn.Module, batches: list[dict[str, torch.Tensor]]
 ) -> None:
     """The loss that the search records is what a second, plain computation of it gives."""
-    layer = VL.decoder_layers(model)[0]
-    calls = decoder_calls(model, layer, batches)
+    layer = model.get_submodule("model.language_model.layers.0")
+    calls = decoder_calls(layer, [partial(model, **batch) for batch in batches])
     heard = layer_features(layer, calls, {"mlp"}).calls["mlp"]
     scales = quantized[0].scales["model.layers.0.gate_up"]
     gate, up, down = (layer.get_submodule(f"mlp.{name}_proj").weight.data for name in ("gate", "up", "down"))
@@ -127,10 +132,10 @@ def test_model_comes_out_as_it_went_in(
 
 def test_one_sample_does_not_leak_into_the_next(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """What the decoder reads of a batch is the same whether other batches came before or not."""
-    first = VL.decoder_layers(model)[0]
-    together = decoder_calls(model, first, batches)
+    first = model.get_submodule("model.language_model.layers.0")
+    together = decoder_calls(first, [partial(model, **batch) for batch in batches])
     for number in (0, len(batches) // 2, len(batches) - 1):
-        (alone,) = decoder_calls(model, first, [batches[number]])
+        (alone,) = decoder_calls(first, [partial(model, **batches[number])])
         torch.testing.assert_close(alone.run(first), together[number].run(first), rtol=0, atol=0)
     assert len({call.hidden.shape[1] for call in together}) > 1, (
         "all samples had one length: nothing was put to the test"
@@ -222,7 +227,7 @@ def test_kept_tensors_keep_their_dtype(good_artifact: Path, tiny_reference: Chec
     shared = artifact.tensors.keys() & tiny_reference.tensors.keys()
     changed = [name for name in shared if artifact.tensors[name].dtype != tiny_reference.tensors[name].dtype]
     assert changed == []
-    assert sum("layernorm" in name for name in shared) == 2 * VL.layer_count(tiny_reference.config)
+    assert sum("layernorm" in name for name in shared) == 2 * 4
 
 
 def test_record_travels(good_artifact: Path) -> None:

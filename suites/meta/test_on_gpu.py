@@ -15,7 +15,7 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
-from fixtures.quantizers import calibration, quantize
+from fixtures.quantizers import Job, calibration, quantize
 from fixtures.quantizers.activation_aware import quantize_layers
 
 pytestmark = pytest.mark.gpu
@@ -26,9 +26,11 @@ Losses = list[tuple[float | None, float]]
 def searched(reference: Checkpoint, dtype: torch.dtype, device: str) -> Losses:
     """(exponent, loss) of every scaling group, searched on a device."""
     samples = calibration.built_in(VL, per_modality=8)
-    batches = calibration.batches(VL, load_processor(reference), samples, device)
     model = load_model(reference, VL, dtype, device)
-    layers = quantize_layers(model, HubView(reference, VL), Scheme(), batches)
+    job = Job(HubView(reference, VL), Recipe("awq"), samples, device)
+    (decoder,) = VL.decoders(reference.config)
+    feeds = calibration.feeds(VL, model, load_processor(reference), decoder, samples, device)
+    layers = quantize_layers(model, job.reference, decoder, job.to_quantize, Scheme(), feeds)
     return [(g["exponent"], g["loss"]) for layer in layers for g in layer.record["scaling"].values()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -186,16 +187,14 @@ def made(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def decoded(view: HubView, linear: str, scheme: Scheme) -> Tensor:
     """A linear's weight in an artifact, by its hub name."""
-    weight: Tensor = awq_gemm.load(view.checkpoint, view.stored_module(linear, "qweight"), scheme).weight
+    weight: Tensor = awq_gemm.load(view.checkpoint, view.stored_module(linear, [f"{linear}.qweight"]), scheme).weight
     return weight
 
 
 def to_quantize(job: Job) -> list[str]:
     """Hub names of the linears that must come out quantized."""
-    adapter, scheme = job.reference.adapter, job.recipe.scheme
-    names = [linear.name for linear in job.reference.linears if not adapter.kept_reason(linear, scheme)]
-    assert names
-    return names
+    assert job.to_quantize
+    return sorted(job.to_quantize)
 
 
 def test_artifact_holds_what_autoawq_made(made: Made) -> None:
@@ -225,7 +224,7 @@ def test_artifact_keeps_the_rest(made: Made) -> None:
     in_memory = {reference.adapter.hub_name(name): tensor.cpu() for name, tensor in tensors.items()}
     for name in folded:
         assert torch.equal(made.artifact.load(name), in_memory[name].to(reference.load(name).dtype)), name
-    layers = range(reference.adapter.layer_count(reference.checkpoint.config))
+    layers = range(len(reference.adapter.decoder_layers(reference.checkpoint.config)))
     norms = ("input_layernorm", "post_attention_layernorm")
     assert folded == {f"model.layers.{layer}.{norm}.weight" for layer in layers for norm in norms}
 
@@ -239,7 +238,8 @@ def test_scales_fold_exactly(job: Job) -> None:
         for batch in calibration.batches(adapter, load_processor(reference), job.samples):
             before, after = (m(**batch, use_cache=False).logits for m in (model, peer.model.cpu().float()))
             assert (after - before).norm() < 5e-3 * before.norm()  # on a GPU it computes in float16
-    for scaled, layer in zip(adapter.decoder_layers(peer.model), adapter.decoder_layers(model), strict=True):
+    (decoder,) = adapter.decoders(reference.config)
+    for scaled, layer in zip(decoder.modules(peer.model), decoder.modules(model), strict=True):
         up = [one.get_parameter("mlp.up_proj.weight") for one in (scaled, layer)]
         assert not torch.equal(*up), "nothing was scaled"
 
@@ -249,7 +249,7 @@ def test_calibration(made: Made) -> None:
     job, reference, adapter = made.job, made.job.reference.checkpoint, made.job.reference.adapter
     model = load_model(reference, adapter, torch.float32)
     batches = calibration.batches(adapter, load_processor(reference), job.samples)
-    layer = adapter.decoder_layers(model)[0]
+    layer = adapter.decoders(reference.config)[0].modules(model)[0]
     attended: list[Tensor] = []
     attention = layer.get_submodule("self_attn")
     hook = attention.register_forward_hook(lambda _module, _args, output: attended.append(output[0].flatten(0, 1)))
@@ -258,7 +258,7 @@ def test_calibration(made: Made) -> None:
             model(**batch, use_cache=False)
     hook.remove()
 
-    quantizer = SimpleNamespace(calls=decoder_calls(model, layer, batches))
+    quantizer = SimpleNamespace(calls=decoder_calls(layer, [partial(model, **batch) for batch in batches]))
     peer = autoawq_compat.quantizer_class()
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     seen = peer._get_input_feat(quantizer, layer, linears)

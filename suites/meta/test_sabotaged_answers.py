@@ -184,8 +184,9 @@ def losses_of(tiny_reference: Checkpoint) -> Callable[[Path], list[GroupLoss]]:
     """The search gain of an artifact folder, on a few held-out samples."""
     model = load_model(tiny_reference, VL, torch.float32)
     samples = [sample for asked in SAMPLES.values() for sample in asked[:8]]
-    batches = calibration.batches(VL, load_processor(tiny_reference), samples)
-    return lambda folder: list(group_losses(Pair(tiny_reference, Checkpoint(folder)), model, batches))
+    (decoder,) = VL.decoders(tiny_reference.config)
+    feeds = calibration.feeds(VL, model, load_processor(tiny_reference), decoder, samples)
+    return lambda folder: list(group_losses(Pair(tiny_reference, Checkpoint(folder)), model, decoder, feeds))
 
 
 def gain(losses: Sequence[GroupLoss], selection: Selection) -> dict[str, bool | None]:
@@ -204,7 +205,7 @@ def test_search_that_harms_is_caught(
     faults.zero_off_by_one(damaged)
     assert gain(losses_of(damaged), selection)["worst group's loss, of RTN's"] is False
     assert not any(gain([], selection).values())
-    unsearched = [GroupLoss(0, "qkv", loss=1.0, loss_rtn=1.0)] * 3
+    unsearched = [GroupLoss("language_model", 0, "qkv", loss=1.0, loss_rtn=1.0)] * 3
     assert gain(unsearched, selection)["loss of all groups, of RTN's"] is False
 
 
