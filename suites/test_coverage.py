@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from fixtures.audit import engines_view
-from fixtures.audit.coverage import LinearState, changed_tensors, folded_norms, tower_shares, unaccounted
+from fixtures.audit.coverage import LinearState, changed_tensors, folded_norms, sizes, tower_shares, unaccounted
 from fixtures.audit.pair import Pair
 from fixtures.audit.settings import differing_settings
 from fixtures.core.limits import Limits
@@ -71,6 +71,19 @@ def test_every_tensor(pair: Pair, verify: Verify) -> None:
         (f"{t.name}: {t.elements} elements differ, {t.what}" for t in changed_tensors(pair)),
         among=count,
     )
+
+
+def test_size(linears: Sequence[LinearState], pair: Pair, limits: Limits, verify: Verify) -> None:
+    """An artifact is as small as its recipe promises: kept tensors as large as before, codes as the ledger counts."""
+    stored, promised = sizes(pair)
+    before = sum(pair.reference.info(name).bytes for name in pair.reference)
+    verify(
+        "bytes, of those promised",
+        stored / promised if promised else None,
+        at_most=limits("coverage.size"),
+        detail=f"{stored} bytes stored, {promised} promised",
+    )
+    verify.note("bytes saved, of the reference's", 1 - stored / before if before else None)
 
 
 @pytest.mark.folding

@@ -35,7 +35,7 @@ def test_next_token_distribution(
 ) -> None:
     """Next-token distributions stay close to the reference's, teacher-forced: on average, and at the worst tokens."""
     kl = torch.cat([metrics.token_kl(a.logits, b.logits) for a, b in pairs])
-    case = (target.weights, modality)
+    case = (target.weights, target.quantizer, modality)
 
     verify(
         "mean token KL",
@@ -61,7 +61,7 @@ def test_top1(
         "top-1 agreement",
         metrics.mean(agree),
         "share of tokens",
-        at_least=limits("parity.top1", target.weights, modality),
+        at_least=limits("parity.top1", target.weights, target.quantizer, modality),
     )
 
 
@@ -75,7 +75,7 @@ def test_perplexity(
     verify(
         "perplexity ratio",
         after / before,
-        at_most=limits("parity.perplexity", target.weights, modality),
+        at_most=limits("parity.perplexity", target.weights, target.quantizer, modality),
         detail=f"reference {before:.4f}, artifact {after:.4f}",
     )
     verify.note("reference's perplexity", before)
@@ -95,7 +95,7 @@ def test_task_accuracy(
         "task accuracy drop",
         drop,
         "share of questions",
-        at_most=limits("parity.accuracy_drop", target.weights, modality),
+        at_most=limits("parity.accuracy_drop", target.weights, target.quantizer, modality),
         detail=f"{lost[0].sample}: {lost[0].text!r} became {lost[1].text!r}" if lost else "",
     )
     verify.note("standard error of the drop", error)
@@ -112,7 +112,7 @@ def test_greedy_prefix(
         "agreeing greedy prefix",
         metrics.mean(shares),
         "share of the answer",
-        at_least=limits("parity.greedy_prefix", target.weights, modality),
+        at_least=limits("parity.greedy_prefix", target.weights, target.quantizer, modality),
     )
 
 
@@ -126,7 +126,7 @@ def test_hidden_state_drift(
         metrics.relative_error(torch.cat([a[i] for a, _ in kept]), torch.cat([b[i] for _, b in kept]))
         for i in range(layers)
     ]
-    limit = limits("parity.hidden_drift", target.weights, modality)
+    limit = limits("parity.hidden_drift", target.weights, target.quantizer, modality)
     values = torch.tensor(drift)
     verify(
         "largest drift of a layer",

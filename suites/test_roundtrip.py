@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
+
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import LinearError, allowed_excess
 from fixtures.core.limits import Limits
@@ -106,6 +108,17 @@ def test_codes(linear_errors: Sequence[LinearError], pair: Pair, verify: Verify)
         ],
         among=len(pair.quantized),
     )
+
+
+@pytest.mark.bitsandbytes
+def test_tables(pair: Pair, verify: Verify) -> None:
+    """Code books, block sizes and kinds beside the codes are the published ones, and those that the config states."""
+    strange = [
+        f"{name}: {flaw}"
+        for name in sorted(pair.quantized)
+        for flaw in pair.layout.flaws(pair.artifact.checkpoint, pair.stored(name))
+    ]
+    verify.none_of("tables that are not as published or as stated", strange, among=len(pair.quantized))
 
 
 def worst(errors: Sequence[LinearError], key: Callable[[LinearError], float]) -> LinearError | None:

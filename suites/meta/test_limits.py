@@ -9,7 +9,7 @@ import pytest
 from fixtures.core.errors import UserError
 from fixtures.core.limits import SHIPPED, Limits, load_limits
 
-CASE = ("tiny", "awq", "image")  # size, quantizer, modality
+CASE = ("tiny", "awq", "image")  # weights, quantizer, modality
 SHIPPED_LIMITS = [
     f"{suite}.{quantity}" for suite, quantities in tomllib.loads(SHIPPED.read_text()).items() for quantity in quantities
 ]
