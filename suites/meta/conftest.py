@@ -41,12 +41,14 @@ def good_artifact(tiny_reference: Checkpoint, selection: Selection) -> Path:
 
 
 @pytest.fixture(scope="session")
-def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[[Callable[..., None], Path], Verify]:
+def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[..., Verify]:
     """Run one check of the suites on an artifact folder, and return what it said."""
 
-    def run(check: Callable[..., None], folder: Path) -> Verify:
+    def run(
+        check: Callable[..., None], folder: Path, target: Target = TARGET, reference: Checkpoint = tiny_reference
+    ) -> Verify:
         artifact = Checkpoint(folder)
-        pair = Pair(tiny_reference, artifact)
+        pair = Pair(reference, artifact)
         available: dict[str, Callable[[], Any]] = {
             "pair": lambda: pair,
             "linears": lambda: linear_states(pair),
@@ -54,7 +56,7 @@ def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[[Callabl
             "recorded_scales": lambda: read_scales(artifact),
             "search_record": lambda: read_search(artifact),
             "limits": lambda: selection.limits,
-            "target": lambda: TARGET,
+            "target": lambda: target,
         }
         verify = listener()
         wanted = check.__code__.co_varnames[: check.__code__.co_argcount]

@@ -21,10 +21,9 @@ from fixtures.audit.search_gain import group_losses
 from fixtures.core.answers import paired
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import load_limits
-from fixtures.core.recipe import Recipe
 from fixtures.core.targets import Target
 from fixtures.engines.loading import load_model, load_processor
-from fixtures.quantizers import calibration, quantize, quantizer_named
+from fixtures.quantizers import calibration, quantize, quantizer_named, recipe_for
 from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
 from suites import test_calibration, test_roundtrip
@@ -58,7 +57,7 @@ def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> d
     adapter, limits = adapter_for(reference), load_limits()
     calibrated = quantizer_named(quantizer).calibrated
     calibrating = calibration.built_in(adapter, seed=seed) if calibrated else []
-    quantize(reference, Recipe(quantizer), calibrating, folder / "artifact")
+    quantize(reference, recipe_for(quantizer, None), calibrating, folder / "artifact")
     artifact = Checkpoint(folder / "artifact")
     samples = {modality: draw(modality, "evaluation", SAMPLES, seed) for modality in adapter.modalities}
     ours = answers(artifact, adapter, samples, folder / "artifact-answers")
@@ -75,9 +74,14 @@ def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> d
     pair = Pair(reference, artifact)
     test_roundtrip.test_clipping(list(audit_linears(pair)), target, limits, verify)
     if calibrated:
-        batches = calibration.batches(adapter, load_processor(reference), [s for m in samples.values() for s in m[:16]])
-        model = load_model(reference, adapter, torch.float32)
-        test_calibration.test_search_gain(list(group_losses(pair, model, batches)), target, limits, verify)
+        model, processor = load_model(reference, adapter, torch.float32), load_processor(reference)
+        heard = [s for m in samples.values() for s in m[:16]]
+        losses = [
+            loss
+            for decoder in adapter.decoders(reference.config)
+            for loss in group_losses(pair, model, decoder, calibration.feeds(adapter, model, processor, decoder, heard))
+        ]
+        test_calibration.test_search_gain(losses, target, limits, verify)
     return found | {("", m.quantity): m.value for m in verify.measurements}
 
 
