@@ -5,6 +5,7 @@ pytest_plugins = [
     "fixtures.options",
     "fixtures.checkpoints",
     "fixtures.engines_under_test",
+    "fixtures.speech_under_test",
     "fixtures.verifying",
     "fixtures.expected",
     "reports.plugin",

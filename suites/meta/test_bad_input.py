@@ -267,7 +267,8 @@ def test_calibration_file(tmp_path: Path) -> None:
         ('{"messages": []}', 'starts with a "user" turn'),
         ('{"message": []}', "lacks 'messages'"),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}', "no.png"),
-        ('{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}', "'audio'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}', "a.wav"),
+        ('{"messages": [{"role": "user", "content": [{"type": "smell", "smell": "a"}]}]}', "'smell'"),
     ):
         file = tmp_path / "samples.jsonl"
         file.write_text(f"{good}\n{bad}\n")

@@ -106,6 +106,7 @@ PLANTED = {
         "tokenizer: settings that differ": (faults.other_tokenizer, faults.other_merges),
         "chat template: settings that differ": (faults.other_chat_template,),
         "processor: settings that differ": (faults.more_pixels,),
+        "side files: settings that differ": (faults.other_voices,),
     },
     test_calibration.test_search_record: {
         "scaling groups that came out worse": (faults.worse_scaling, faults.no_record),

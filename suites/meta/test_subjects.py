@@ -1,4 +1,4 @@
-"""The shipped subject is what the suites take it for: small, whole, trained, hard to quantize."""
+"""The shipped Qwen2.5-VL subject is what the suites take it for: small, whole, trained, hard to quantize."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from fixtures.subjects import DIGESTS, batches, reparametrize, samples, shipped, subject
 from fixtures.subjects.architecture import PARAMETER_LIMIT
-from fixtures.subjects.samples import MODALITIES, SPLITS, content_of, draw, overlap, split_of
+from fixtures.subjects.samples import MODALITIES, OMNI_MODALITIES, SPLITS, content_of, draw, overlap, split_of
 from fixtures.subjects.storage import digests, written_whole
 
 NAME = "qwen2_5_vl-tiny"
 HELD_OUT = 96  # samples per modality: three standard deviations of a share of 0.98 are 0.043
 TEXT_ANSWER = "2556 the grim ram sat in the odd hill early"  # of the first text of seed 3
 PIXEL_DIGEST = "871e011f8f917129"  # of the first image and video of seed 3
-EVERY_SPLIT = [(modality, split) for modality in MODALITIES for split in SPLITS]
+EVERY_SPLIT = [(modality, split) for modality in OMNI_MODALITIES for split in SPLITS]
 
 
 def load(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
@@ -210,7 +210,8 @@ def test_entropy(modality: str, entropy: float, model: Qwen2_5_VLForConditionalG
 def test_outliers_preserve_the_function(model: Qwen2_5_VLForConditionalGeneration, processor: object) -> None:
     """Adding activation outliers leaves every logit as it was, up to float32 rounding."""
     changed = load(shipped(NAME))
-    reparametrize.add_outliers(changed, factor=32.0, norm_channels=9, mlp_channels=17)
+    layers = changed.model.language_model.layers
+    reparametrize.add_outliers(layers, factor=32.0, norm_channels=9, mlp_channels=17)
 
     for modality in MODALITIES:
         torch.testing.assert_close(
@@ -293,7 +294,7 @@ def test_samples_agree_with_themselves(modality: str, split: str) -> None:
     assert len({content_of(sample) for sample in drawn}) == len({sample.id for sample in drawn}) == 100
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", OMNI_MODALITIES)
 def test_wrong_answers_are_wrong(modality: str) -> None:
     """A sample's answer is not taken for the answer to another one."""
     first, second = draw(modality, "evaluation", 2)
@@ -302,7 +303,7 @@ def test_wrong_answers_are_wrong(modality: str) -> None:
     assert not first.is_right("")
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", OMNI_MODALITIES)
 def test_splits_do_not_overlap(modality: str) -> None:
     """No held-out question is trained or calibrated with."""
     held_out = draw(modality, "evaluation", 300)
@@ -311,7 +312,7 @@ def test_splits_do_not_overlap(modality: str) -> None:
     assert not overlap(held_out, draw(modality, "calibration", 300))
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", OMNI_MODALITIES)
 def test_planted_overlap_is_found(modality: str) -> None:
     """The check of the splits sees a held-out question among the training ones, even under another name."""
     held_out, trained = draw(modality, "evaluation", 20), draw(modality, "train", 20)
