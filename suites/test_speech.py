@@ -43,6 +43,7 @@ def test_codec_distribution(spoken_pairs: Pairs, target: Target, limits: Limits,
         at_most=limits("speech.mean_codec_kl", case),
         detail=worst_code(spoken_pairs, kl),
     )
+    verify("median codec KL", metrics.quantile(kl, 0.5), "nats", at_most=limits("speech.median_codec_kl", case))
     verify("p99 codec KL", metrics.quantile(kl, 0.99), "nats", at_most=limits("speech.p99_codec_kl", case))
     verify("largest codec KL", metrics.largest(kl), "nats", at_most=limits("speech.largest_codec_kl", case))
     verify("codec top-1 agreement", metrics.mean(agree), "share of codes", at_least=limits("speech.codec_top1", case))
@@ -50,6 +51,7 @@ def test_codec_distribution(spoken_pairs: Pairs, target: Target, limits: Limits,
     explain(
         verify,
         ("mean codec KL", "how far its expectations of the next code are from the reference's, on average; 0: equal"),
+        ("median codec KL", "the same at half of the codes: unlike the average, not decided by a few misheard words"),
         ("p99 codec KL", "the same at the worst code but one in a hundred"),
         ("largest codec KL", "the same at the worst code"),
         (
@@ -63,21 +65,15 @@ def test_codec_tokens(spoken_pairs: Pairs, target: Target, limits: Limits, verif
     """Left to itself, the checkpoint speaks the reference's codes for most of their length."""
     shares = torch.tensor([metrics.agreeing_prefix(a.codes, b.codes) for a, b in spoken_pairs])
     alike = torch.tensor([a.text == b.text and a.codes == b.codes for a, b in spoken_pairs])
-    case = target.weights
 
     verify(
         "agreeing codec prefix",
         metrics.mean(shares),
         "share of the codes",
-        at_least=limits("speech.codec_prefix", case),
+        at_least=limits("speech.codec_prefix", target.weights),
         detail=first_difference(spoken_pairs),
     )
-    verify(
-        "replies spoken alike",
-        metrics.mean(alike),
-        "share of replies",
-        at_least=limits("speech.replies_alike", case),
-    )
+    verify.note("replies spoken alike", metrics.mean(alike), "share of replies")
     explain(
         verify,
         ("agreeing codec prefix", "how much of the reference's speech comes out code for code before the first other"),

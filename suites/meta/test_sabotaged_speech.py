@@ -105,7 +105,6 @@ TIMID: dict[str, Change] = {"logits": lambda s: s.logits * 0.7}
 MUTE: dict[str, Change] = {"codes": lambda _: (), "ended": lambda _: True}
 BABBLING: dict[str, Change] = {"codes": lambda s: (0, *s.codes)}
 ONE_CODE_CHANGED: dict[str, Change] = {"codes": one_code_changed}
-OTHER_TEXT: dict[str, Change] = {"text": lambda s: (0, *s.text[1:])}
 ENDLESS: dict[str, Change] = {"codes": lambda s: s.codes * 2, "ended": lambda _: False}
 SILENT: dict[str, Change] = {"waveform": lambda s: torch.zeros_like(s.waveform)}
 SOUND_NAN: dict[str, Change] = {"waveform": lambda s: one_nan(s.waveform)}
@@ -127,13 +126,7 @@ PLANTED = [
         for fault in (LOGITS_NAN, ROLLED)
     ],
     (DISTRIBUTION, "mean codec KL", TIMID),
-    *[
-        (TOKENS, quantity, fault)
-        for quantity in ("agreeing codec prefix", "replies spoken alike")
-        for fault in (MUTE, BABBLING, ONE_CODE_CHANGED)
-    ],
-    (TOKENS, "replies spoken alike", ENDLESS),
-    (TOKENS, "replies spoken alike", OTHER_TEXT),
+    *[(TOKENS, "agreeing codec prefix", fault) for fault in (MUTE, BABBLING, ONE_CODE_CHANGED)],
     (END, "replies that do not end", ENDLESS),
     *[(WAVEFORM, "waveforms that are not finite", fault) for fault in (SOUND_NAN, SOUND_INFINITE)],
     *[(WAVEFORM, "waveforms of another length", fault) for fault in (CUT, DRAWN_OUT, NO_SOUND)],
