@@ -23,6 +23,7 @@ from fixtures.core.targets import Target
 from fixtures.engines import batching
 from fixtures.engines.batching import Change, Prompts
 from fixtures.engines_under_test import Recordings
+from fixtures.options import Selection
 from fixtures.verifying import Verify
 
 
@@ -48,19 +49,21 @@ def asked(
     all_asked: dict[tuple[str, str, torch.dtype], Asked],
     recordings: Recordings,
     evaluation_samples: Callable[[str], Sequence[Sample]],
+    selection: Selection,
     adapter: Adapter,
     modality: str,
 ) -> AskedOf:
-    """What a checkpoint says in a precision, in this modality; with the one model that ``recordings`` keeps loaded."""
+    """What a checkpoint says in a precision; all modalities are asked while the one model is loaded."""
 
     def ask(checkpoint: Checkpoint, dtype: torch.dtype) -> Asked:
-        key = (checkpoint.digest, modality, dtype)
-        if key not in all_asked:
-            engine = recordings._engine(checkpoint, adapter, dtype)
-            samples = batching.varied(adapter, engine.processor, evaluation_samples(modality))
-            prompts = Prompts.encode(adapter, engine.processor, samples)
-            all_asked[key] = ask_every_way(engine.answering, prompts, batches=dtype == torch.float32)
-        return all_asked[key]
+        if (checkpoint.digest, modality, dtype) not in all_asked:
+            engine = recordings.engine(checkpoint, adapter, dtype)
+            for each in selection.modalities_of(adapter):
+                samples = batching.varied(adapter, engine.processor, evaluation_samples(each))
+                prompts = Prompts.encode(adapter, engine.processor, samples)
+                said = ask_every_way(engine.answering, prompts, batches=dtype == torch.float32)
+                all_asked[checkpoint.digest, each, dtype] = said
+        return all_asked[checkpoint.digest, modality, dtype]
 
     return ask
 
