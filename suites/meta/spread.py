@@ -10,23 +10,28 @@ import argparse
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from fixtures.adapters import adapter_for
+from fixtures.adapters import Adapter, adapter_for
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
 from fixtures.audit.search_gain import group_losses
 from fixtures.core.answers import paired
 from fixtures.core.checkpoint import Checkpoint
-from fixtures.core.limits import load_limits
+from fixtures.core.limits import Limits, load_limits
+from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
 from fixtures.engines.loading import load_model, load_processor
+from fixtures.engines.speech import SpeechEngine
 from fixtures.quantizers import calibration, quantize, quantizer_named, recipe_for
+from fixtures.speech_under_test import SPOKEN
 from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
-from suites import test_calibration, test_roundtrip
+from fixtures.verifying import Verify
+from suites import test_calibration, test_roundtrip, test_speech
 from suites.meta.answering import CHECKS, answers, ask, listener
 
 SAMPLES = 64
@@ -82,7 +87,26 @@ def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> d
             for loss in group_losses(pair, model, decoder, calibration.feeds(adapter, model, processor, decoder, heard))
         ]
         test_calibration.test_search_gain(losses, target, limits, verify)
-    return found | {("", m.quantity): m.value for m in verify.measurements}
+    if adapter.speaks:
+        hear(reference, artifact, adapter, [s for m in samples.values() for s in m[:SPOKEN]], target, limits, verify)
+    return found | {("", m.quantity): m.value for m in verify.measurements if m.bound is not None}
+
+
+def hear(
+    reference: Checkpoint,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    samples: Sequence[Sample],
+    target: Target,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Every judged quantity of an artifact's speech."""
+    ours, theirs = (SpeechEngine.load(one, adapter, torch.float32) for one in (artifact, reference))
+    spoken = [(said := theirs.speech(sample), ours.speech(sample, said)) for sample in samples]
+    test_speech.test_codec_distribution(spoken, target, limits, verify)
+    test_speech.test_codec_tokens(spoken, target, limits, verify)
+    test_speech.test_waveform(spoken, target, limits, verify)
 
 
 if __name__ == "__main__":
