@@ -132,7 +132,7 @@ def test_voices_are_not_unpickled(good: Path, tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     damaged = copied(good, tmp_path / "damaged")
-    (damaged / "spk_dict.pt").write_bytes(pickle.dumps(Payload()))
+    (damaged / "spk_dict.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
     import torch
 
     with pytest.raises(UserError, match="cannot be read as speakers' voices") as refused:
