@@ -17,7 +17,7 @@ from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
 from fixtures.engines.hf import TransformersEngine
 from fixtures.verifying import Verify
-from suites import test_parity
+from suites import test_coverage, test_parity, test_roundtrip
 
 Check = Callable[..., None]
 CHECKS: tuple[Check, ...] = (
@@ -27,6 +27,22 @@ CHECKS: tuple[Check, ...] = (
     test_parity.test_task_accuracy,
     test_parity.test_greedy_prefix,
     test_parity.test_hidden_state_drift,
+)
+
+# What every format's artifacts are held against, from their bytes alone.
+BYTE_CHECKS: tuple[Check, ...] = (
+    test_roundtrip.test_rounding,
+    test_roundtrip.test_frobenius,
+    test_roundtrip.test_resolution,
+    test_roundtrip.test_clipping,
+    test_roundtrip.test_codes,
+    test_coverage.test_every_linear,
+    test_coverage.test_every_tensor,
+    test_coverage.test_size,
+    test_coverage.test_ties,
+    test_coverage.test_skip_list_in_transformers,
+    test_coverage.test_skip_list_in_vllm,
+    test_coverage.test_settings,
 )
 
 

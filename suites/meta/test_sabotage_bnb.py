@@ -22,7 +22,7 @@ from fixtures.quantizers.cache import cached_artifact
 from fixtures.verifying import Verify
 from suites import test_coverage, test_loading, test_roundtrip
 from suites.meta import test_sabotage
-from suites.meta.answering import listener
+from suites.meta.answering import BYTE_CHECKS, listener
 
 if find_spec("bitsandbytes") is None:
     pytest.skip('bitsandbytes is absent: pip install "quantproof[bnb]"', allow_module_level=True)
@@ -30,21 +30,7 @@ if find_spec("bitsandbytes") is None:
 Fault = Callable[[Path], None]
 VL = ADAPTERS["qwen2_5_vl"]
 KINDS = ("bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-int8")
-CHECKS = (
-    test_roundtrip.test_rounding,
-    test_roundtrip.test_frobenius,
-    test_roundtrip.test_resolution,
-    test_roundtrip.test_clipping,
-    test_roundtrip.test_codes,
-    test_roundtrip.test_tables,
-    test_coverage.test_every_linear,
-    test_coverage.test_every_tensor,
-    test_coverage.test_size,
-    test_coverage.test_ties,
-    test_coverage.test_skip_list_in_transformers,
-    test_coverage.test_skip_list_in_vllm,
-    test_coverage.test_settings,
-)
+CHECKS = (*BYTE_CHECKS, test_roundtrip.test_tables)
 
 
 def skip_list(*entries: str) -> Fault:

@@ -25,23 +25,11 @@ from fixtures.quantizers.artifact import copy_side_files
 from fixtures.quantizers.cache import cached_artifact
 from fixtures.subjects import shipped
 from fixtures.verifying import Verify
-from suites import test_coverage, test_roundtrip
+from suites import test_coverage
+from suites.meta.answering import BYTE_CHECKS
 
 OMNI = ADAPTERS["qwen2_5_omni"]
 TARGET = Target("qwen2_5_omni", "tiny", "rtn")
-BYTE_CHECKS = (
-    test_roundtrip.test_rounding,
-    test_roundtrip.test_resolution,
-    test_roundtrip.test_clipping,
-    test_roundtrip.test_codes,
-    test_coverage.test_every_linear,
-    test_coverage.test_every_tensor,
-    test_coverage.test_size,
-    test_coverage.test_ties,
-    test_coverage.test_skip_list_in_transformers,
-    test_coverage.test_skip_list_in_vllm,
-    test_coverage.test_settings,
-)
 Audit = Callable[..., Verify]
 
 
