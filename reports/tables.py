@@ -1,0 +1,68 @@
+"""Tables of a run as Markdown, and a README whose tables are those of a measured run.
+
+A README says where a table comes from, between two comments, and ``python -m reports readme README.md`` fills it in::
+
+    <!-- table: reports/measured/h200.json: memory -->
+    <!-- end of table -->
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fixtures.core.errors import UserError
+from fixtures.core.measurement import readable
+from fixtures.core.results import Run, Table
+from reports import store
+
+_PLACE = re.compile(
+    r"(?P<begin><!-- table: (?P<file>\S+\.json): (?P<title>[^\n]+?) -->\n)(?P<table>.*?)(?P<end><!-- end of table -->)",
+    re.DOTALL,
+)
+
+
+def merged(run: Run, title: str) -> Table:
+    """All tables of that title in one, in the run's order, each row under its target; equal rows once.
+
+    Raises:
+        UserError: when there is none, or their columns differ.
+    """
+    found = [(result.target_id, table) for result in run.results for table in result.tables if table.title == title]
+    if not found:
+        titles = sorted({table.title for result in run.results for table in result.tables})
+        raise UserError(f"the run has no table {title!r}; it has {', '.join(titles) or 'none'}")
+    columns = found[0][1].columns
+    if any(table.columns != columns for _, table in found):
+        raise UserError(f"the tables {title!r} of the run have different columns")
+    rows = dict.fromkeys((target, *row) for target, table in found for row in table.rows)
+    return Table(title, ("target", *columns), tuple(rows))
+
+
+def markdown(table: Table) -> str:
+    """The table in GitHub's Markdown; numbers as a person reads them, nothing for what was not measured."""
+    lines = [table.columns, ["---"] * len(table.columns), *([_cell(cell) for cell in row] for row in table.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def filled(text: str, folder: Path) -> str:
+    """``text`` with every table that it names taken from the run it names, its path relative to ``folder``.
+
+    Raises:
+        UserError: when a run cannot be read, lacks a table, or a place has no end.
+    """
+    if text.count("<!-- table:") != len(_PLACE.findall(text)):
+        raise UserError("a <!-- table: FILE.json: TITLE --> has no <!-- end of table --> after it")
+
+    def fill(place: re.Match[str]) -> str:
+        table = markdown(merged(store.load(folder / place["file"]), place["title"]))
+        return f"{place['begin']}\n{table}\n{place['end']}"
+
+    return _PLACE.sub(fill, text)
+
+
+def _cell(value: str | float | int | None) -> str:
+    if value is None:
+        return ""
+    said = value if isinstance(value, str) else readable(float(value))
+    return said.replace("|", "\\|").replace("\n", " ")
