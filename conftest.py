@@ -2,10 +2,14 @@
 
 pytest_plugins = [
     "pytester",
+    "fixtures.gpus",
     "fixtures.options",
     "fixtures.checkpoints",
     "fixtures.engines_under_test",
     "fixtures.speech_under_test",
+    "fixtures.memory_under_test",
+    "fixtures.serving_under_test",
+    "fixtures.throughput_under_test",
     "fixtures.verifying",
     "fixtures.expected",
     "reports.plugin",

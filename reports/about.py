@@ -91,11 +91,12 @@ def _gpus() -> dict[str, Any]:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in handles]
         driver = _text(nvml.nvmlSystemGetDriverVersion())
+        memory = [f"{nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30:.1f} GiB" for handle in handles]
     except nvml.NVMLError:
         return {}
     finally:
         nvml.nvmlShutdown()
-    return {"gpu": ", ".join(names), "driver": driver} if names else {}
+    return {"gpu": ", ".join(names), "gpu memory": ", ".join(memory), "driver": driver} if names else {}
 
 
 def _text(value: str | bytes) -> str:

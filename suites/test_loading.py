@@ -17,10 +17,11 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import Limits
 from fixtures.core.samples import Sample
 from fixtures.engines.hf import TransformersEngine
+from fixtures.formats import format_of
 from fixtures.options import Selection
 from fixtures.verifying import Verify
 
-pytestmark = pytest.mark.bitsandbytes
+pytestmark = pytest.mark.by_library
 
 SAMPLES = 8  # per modality
 Logits = dict[str, Tensor]  # modality -> of every taught token [tokens, vocabulary]
@@ -33,15 +34,20 @@ def decoded_logits(logits_of: Callable[..., Logits]) -> Logits:
 
 
 @pytest.fixture(scope="session")
-def rounded_logits(logits_of: Callable[..., Logits]) -> Logits:
-    """The same in bfloat16, which the library computes in: how far rounding alone moves them."""
-    return logits_of(torch.bfloat16)
+def rounded_logits(artifact: Checkpoint, logits_of: Callable[..., Logits]) -> Logits:
+    """The same in the 16 bits that the library computes in: how far rounding alone moves them."""
+    return logits_of(library_dtype(artifact))
 
 
 @pytest.fixture(scope="session")
-def library_logits(logits_of: Callable[..., Logits]) -> Logits:
+def library_logits(artifact: Checkpoint, logits_of: Callable[..., Logits]) -> Logits:
     """By the library's modules."""
-    return logits_of(torch.bfloat16, kernels=True)
+    return logits_of(library_dtype(artifact), kernels=True)
+
+
+def library_dtype(artifact: Checkpoint) -> torch.dtype:
+    """The 16 bits that an artifact's library computes in, on a GPU as well: AWQ's kernels know float16 alone."""
+    return torch.float16 if format_of(artifact).method == "awq" else torch.bfloat16
 
 
 def test_library_computes_what_is_stored(
@@ -56,7 +62,7 @@ def test_library_computes_what_is_stored(
             f"mean token KL of the library's {modality}, of the noise floor",
             library / noise if noise else None,
             at_most=limit,
-            detail=f"library {library:.3g} nats, decoded weights in bfloat16 {noise:.3g} nats",
+            detail=f"library {library:.3g} nats, decoded weights in 16 bits {noise:.3g} nats",
         )
     verify("modalities compared", len(decoded_logits), at_least=1)
 

@@ -1,0 +1,100 @@
+"""Stands in for vLLM's OpenAI server: the same flags, logs and answers, no GPU; and it misbehaves on demand.
+
+``python fake_vllm.py FAULT --model ... --port ...``; FAULT is one of ``FAULTS``. Like vLLM it starts a child of its
+own, which would outlive it if only the server were killed.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import subprocess
+import sys
+import time
+
+FAULTS = ("none", "dies", "hangs", "stubborn", "answers 500", "accepts anything", "dies when asked")
+LOG = """\
+(APIServer pid=11) INFO 11-22 21:00:00 [api_server.py:100] vLLM API server version 0.25.1
+(EngineCore pid=12) INFO 11-22 21:00:01 [core.py:114] Initializing a V1 LLM engine (v0.25.1) with config: \
+model='/m', dtype=torch.float16, max_seq_len=2048, quantization=auto_awq, quantization_config=None, enforce_eager=True,
+(EngineCore pid=12) INFO 11-22 21:00:02 [gpu_model_runner.py:5210] Starting to load model /m...
+(EngineCore pid=12) INFO 11-22 21:00:03 [auto_awq.py:473] Using MacheteLinearKernel for AutoAWQMarlinLinearMethod
+(EngineCore pid=12) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.03 GiB and 1.500000 seconds
+(EngineCore pid=12) INFO 11-22 21:00:05 [kv_cache_utils.py:2146] GPU KV cache size: 1,234,567 tokens
+(APIServer pid=11) INFO 11-22 21:00:06 [api_server.py:616] Starting vLLM server on http://127.0.0.1:1
+"""
+FAILURE = """\
+(EngineCore pid=12) ERROR 11-22 21:00:04 [core.py:1200] Traceback (most recent call last):
+(EngineCore pid=12) ERROR 11-22 21:00:04 [core.py:1200]   File "utils.py", line 1, in load_weights
+(EngineCore pid=12) ERROR 11-22 21:00:04 [core.py:1200] ValueError: There is no module or parameter named \
+'blocks.0.attn.proj.weight' in Qwen2_5_VisionTransformer
+(EngineCore pid=12) Process EngineCore:
+(APIServer pid=11) Traceback (most recent call last):
+(APIServer pid=11)   File "api_server.py", line 2, in run_server
+(APIServer pid=11) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as the server would."""
+
+    fault = "none"
+    asked = 0
+
+    def do_GET(self) -> None:
+        self.answer(200, b"")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        Handler.asked += 1
+        if self.fault == "answers 500":
+            return self.answer(500, b'{"error": {"message": "boom"}}')
+        if self.fault == "dies when asked":
+            sys.stdout.write(FAILURE)
+            sys.stdout.flush()
+            import os
+
+            os._exit(1)
+        try:
+            asked = json.loads(body)
+            good = asked["model"] == "fake" and asked["max_tokens"] >= 0
+        except (ValueError, KeyError):
+            good = False
+        if not good and self.fault != "accepts anything":
+            return self.answer(400, b'{"error": {"message": "what was asked is wrong", "type": "BadRequestError"}}')
+        place = {"token": "token_id:7", "logprob": -0.1, "top_logprobs": [{"token": "token_id:7", "logprob": -0.1}]}
+        choice = {"token_ids": [7], "logprobs": {"content": [place]}}
+        return self.answer(200, json.dumps({"prompt_token_ids": [1, 2], "choices": [choice]}).encode())
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until ended."""
+    fault, flags = arguments[0], arguments[1:]
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # the engine core
+    if fault == "dies":
+        print(FAILURE, flush=True)
+        return 1
+    if fault == "stubborn":
+        import signal
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(LOG, flush=True)
+    if fault == "hangs":
+        time.sleep(600)
+    Handler.fault = fault
+    port = int(flags[flags.index("--port") + 1])
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,301 @@
+"""Timings to figures by hand; rounds that take turns; requests that no cache has; conditions that fit a format."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fixtures.adapters import ADAPTERS
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.errors import UserError
+from fixtures.meters import rounds
+from fixtures.meters.bandwidth import Roofline, decode_bytes
+from fixtures.meters.load import Timing
+from fixtures.meters.regimes import (
+    IMAGE_PREFILL,
+    LONG_PROMPT,
+    ONE_BY_ONE,
+    REGIMES,
+    SINGLE_STREAM,
+    STREAMED,
+    TOGETHER,
+    Regime,
+    requests_of,
+)
+from fixtures.meters.rounds import turns
+from fixtures.subjects import shipped
+from fixtures.throughput_under_test import Contest, conditions
+from suites.meta.scripted import Answer, chunk, ending, serving, whole
+
+# Arrived at 0, sent at 1 and 2; three tokens one by one, and four of which three come together.
+FIRST = Timing(0.0, 1.0, 3.5, 3, ((2.0, 1), (2.5, 1), (3.5, 1)), prompt_tokens=10, completion_tokens=3)
+SECOND = Timing(0.0, 2.0, 5.0, 4, ((4.0, 1), (4.6, 3)), prompt_tokens=20, completion_tokens=4)
+BOTH = [FIRST, SECOND]
+
+
+# Figures
+
+
+def test_rates() -> None:
+    """Rates are over the time from the first arrival to the last answer."""
+    assert rounds.seconds(BOTH) == 5
+    assert rounds.tokens_per_second(BOTH) == pytest.approx(7 / 5)
+    assert rounds.prompt_tokens_per_second(BOTH) == pytest.approx(30 / 5)
+    assert rounds.requests_per_second(BOTH) == pytest.approx(2 / 5)
+
+
+def test_time_to_first_token() -> None:
+    """Time to first token is counted from arrival: waiting for one's turn is part of it."""
+    assert rounds.ttft(BOTH) == [2, 4]
+
+
+def test_later_tokens() -> None:
+    """Tokens that come together share their gap, a pause between chunks stands whole, a mean leaves out the first."""
+    assert rounds.itl(BOTH) == pytest.approx([0.5, 1.0, 0.2, 0.2, 0.2])
+    assert rounds.gaps(BOTH) == pytest.approx([0.5, 1.0, 0.6])
+    assert rounds.tpot(BOTH) == pytest.approx([1.5 / 2, 0.6 / 3])
+
+
+def test_inter_token_latencies_add_up() -> None:
+    """There is a latency for every token after the first chunk, and they add up to the time that passed."""
+    for timing in BOTH:
+        found = rounds.itl([timing])
+        assert len(found) == timing.completion_tokens - timing.chunks[0][1]
+        assert sum(found) == pytest.approx(timing.chunks[-1][0] - timing.first_token)
+
+
+@pytest.mark.parametrize(("q", "value"), [(0.0, 1.0), (0.5, 2.5), (0.99, 3.97), (1.0, 4.0)])
+def test_quantiles(q: float, value: float) -> None:
+    """Percentiles are interpolated between the values around them."""
+    assert rounds.quantile([4.0, 1.0, 3.0, 2.0], q) == pytest.approx(value)
+
+
+def test_nothing_measured() -> None:
+    """Nothing measured is NaN, never 0 and never infinitely fast."""
+    figures = [
+        rounds.seconds([]),
+        rounds.tokens_per_second([]),
+        rounds.quantile([], 0.5),
+        rounds.median_of(rounds.itl)([]),
+    ]
+    instant = Timing(1.0, 1.0, 1.0, 1, completion_tokens=1)
+    assert all(math.isnan(figure) for figure in [*figures, rounds.tokens_per_second([instant])])
+
+
+def test_a_single_token_has_no_later_ones() -> None:
+    """An answer of one token has a time to first token and nothing after it; one that was not streamed has neither."""
+    single = Timing(0.0, 0.0, 1.0, 1, ((0.5, 1),), completion_tokens=1)
+    assert (rounds.ttft([single]), rounds.tpot([single]), rounds.itl([single])) == ([0.5], [], [])
+    assert math.isnan(rounds.ttft([Timing(0.0, 0.0, 1.0, 1, completion_tokens=1)])[0])
+
+
+def test_turns() -> None:
+    """Conditions go there and back again, so that a drift favours nobody."""
+    assert [turns(("a", "b", "c"), number) for number in range(3)] == [
+        ["a", "b", "c"],
+        ["c", "b", "a"],
+        ["a", "b", "c"],
+    ]
+
+
+# Requests
+
+
+def test_no_request_twice() -> None:
+    """No prompt and no picture comes twice, in a round or between rounds: a cache has nothing to give."""
+    for regime in {*REGIMES, *STREAMED, ONE_BY_ONE, TOGETHER}:
+        bodies = [
+            json.dumps(request.body)
+            for number in (-1, 0)
+            for request in requests_of(regime, 151936, f"model/{number}")[:20]
+        ]
+        assert len(set(bodies)) == len(bodies)
+
+
+def test_requests_are_the_regimes() -> None:
+    """Requests ask what their regime says, and are the same for the same seed."""
+    for regime in REGIMES:
+        found = requests_of(regime, 151936, "a")
+        assert len(found) == regime.requests
+        assert {request.new_tokens for request in found} == {regime.new_tokens}
+        assert {request.body["max_tokens"] for request in found} == {regime.new_tokens}
+        assert all(request.body["ignore_eos"] and request.body["temperature"] == 0 for request in found)
+        assert found[0] == requests_of(regime, 151936, "a")[0]
+    assert len(requests_of(LONG_PROMPT, 151936, "a")[0].body["prompt"]) == 3000
+
+
+def test_prompts_hold_no_special_tokens() -> None:
+    """Prompts are of the vocabulary's middle: Qwen's special tokens stand at its end, from 151643 on."""
+    ids = [token for request in requests_of(LONG_PROMPT, 151936, "a") for token in request.body["prompt"]]
+    assert max(ids) < 151643
+    assert min(ids) >= 256
+
+
+def test_pictures() -> None:
+    """A picture is a PNG of the regime's size, small enough to be sent quickly."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    (request, *_) = requests_of(IMAGE_PREFILL, 151936, "a")
+    (content,) = (message["content"] for message in request.body["messages"])
+    kind, data = content[0]["image_url"]["url"].split(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/png;base64"
+    assert picture.size == (IMAGE_PREFILL.side, IMAGE_PREFILL.side)
+    assert len(data) < 100_000
+    assert IMAGE_PREFILL.least_prompt_tokens == 1024
+
+
+def test_prefill() -> None:
+    """Regimes know which of them mostly read."""
+    assert [regime.name for regime in REGIMES if regime.prefill] == ["image_prefill", "long_prompt"]
+
+
+# Conditions
+
+
+def quantized(method: str | None) -> Any:
+    """A checkpoint as far as choosing kernels looks at it."""
+    return SimpleNamespace(quantization={"quant_method": method} if method else None, path="somewhere")
+
+
+@pytest.mark.parametrize(
+    ("method", "kernel", "hopper", "names"),
+    [
+        ("awq", "", True, ["fp16", "machete", "marlin"]),
+        ("awq", "", False, ["fp16", "marlin"]),
+        ("awq", "awq", True, ["fp16", "awq"]),
+        ("awq", "marlin", True, ["fp16", "marlin"]),
+        ("bitsandbytes", "", True, ["fp16", "bitsandbytes"]),
+        ("bitsandbytes", "marlin", True, ["fp16", "bitsandbytes"]),
+    ],
+)
+def test_conditions(method: str, kernel: str, hopper: bool, names: list[str]) -> None:
+    """A format is run by each fast kernel that it and the card have, or by the one that was asked for."""
+    found = conditions(quantized(None), quantized(method), kernel, hopper=hopper)
+    assert [condition.name for condition in found] == names
+    assert {condition.serving(pictures=False).kernel for condition in found[1:]} <= {*names, ""}
+    assert found[0].checkpoint.quantization is None
+
+
+def test_no_kernel_is_known() -> None:
+    """A format that vLLM has no kernel for is refused in one line."""
+    with pytest.raises(UserError, match="gptq"):
+        conditions(quantized(None), quantized("gptq"), "", hopper=True)
+
+
+def test_servers_cache_nothing() -> None:
+    """Every server is started without a cache of prompts or of pictures, and with a KV cache of the same size."""
+    for condition in conditions(quantized(None), quantized("awq"), "", hopper=True):
+        for pictures in (False, True):
+            serving = condition.serving(pictures=pictures)
+            assert "--no-enable-prefix-caching" in serving.more
+            assert serving.more[serving.more.index("--mm-processor-cache-gb") + 1] == "0"
+            assert serving.kv_bytes
+            assert serving.eager is pictures
+
+
+class NoServers:
+    """Servers that never answer, and a note of what was wanted of them."""
+
+    def __init__(self) -> None:
+        self.running: list[Any] = []
+        self.kernels: dict[str, tuple[str, ...]] = {}
+
+    def several(self, wanted: list[Any]) -> list[Any]:
+        """Pretend that they run."""
+        self.running += [one for one in wanted if one not in self.running]
+        return [
+            SimpleNamespace(
+                url="http://127.0.0.1:9/v1",
+                model="nobody",
+                pids=frozenset,
+                started=SimpleNamespace(kernels=(serving.kernel or "fp16",)),
+            )
+            for _, serving in wanted
+        ]
+
+    def stop(self, checkpoint: Any, serving: Any) -> None:
+        """Pretend that it ended."""
+        self.running = [one for one in self.running if one != (checkpoint, serving)]
+
+
+def test_contest_takes_turns_and_keeps_failures() -> None:
+    """All conditions run every round, warm-up first, each regime once; servers that are gone fail every request."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    servers = NoServers()
+    compared = conditions(quantized(None), quantized("awq"), "", hopper=True)
+    contest = Contest(compared, servers, 1000, None)  # type: ignore[arg-type]
+    contest.start(text=True, pictures=False)
+
+    recorded = contest(SINGLE_STREAM)
+
+    assert contest(SINGLE_STREAM) is recorded
+    assert recorded.conditions == ("fp16", "machete", "marlin")
+    assert [one.number for one in recorded.rounds] == [n for n in range(-1, rounds.COUNTED) for _ in range(3)]
+    assert [one.condition for one in recorded.rounds[3:9]] == [*recorded.conditions, *reversed(recorded.conditions)]
+    assert recorded.fewest_rounds == rounds.COUNTED
+    assert len(recorded.flaws) == recorded.requests == 3 * rounds.COUNTED * SINGLE_STREAM.requests
+    assert math.isnan(recorded.ratio("marlin", rounds.tokens_per_second).low)
+    assert not recorded.fallbacks(contest.expected)
+    assert contest.arrivals("marlin").conditions == ("one_by_one", "together")
+    contest.close()
+    assert servers.running == []
+
+
+def test_contest_against_a_server_that_answers() -> None:
+    """Of a server that answers all that is asked, streamed or whole, every round is a measurement."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+
+    def obliging(body: dict[str, Any]) -> Answer:
+        count, prompt = body["max_tokens"], len(body["prompt"])
+        if not body["stream"]:
+            return whole(count, prompt)
+        return Answer([*(chunk(n + 1, prompt=prompt) for n in range(count)), ending(count, prompt)])
+
+    class Obliging(NoServers):
+        def several(self, wanted: list[Any]) -> list[Any]:
+            return [SimpleNamespace(**{**vars(one), "url": server.url}) for one in super().several(wanted)]
+
+    with serving(obliging) as server:
+        contest = Contest(conditions(quantized(None), quantized("awq"), "marlin", hopper=True), Obliging(), 1000, None)  # type: ignore[arg-type]
+        for regime in (Regime("s", 5, 3, 2, 4, stream=True), Regime("w", 5, 3, 2, 4)):
+            recorded = contest(regime)
+            assert (recorded.flaws, recorded.requests) == ([], 2 * rounds.COUNTED * 4)
+            assert recorded.ratio("marlin", rounds.tokens_per_second).point > 0
+        assert len({json.dumps(body) for body in server.bodies}) < len(
+            server.bodies
+        )  # two conditions, the same prompts
+        together = contest.arrivals("marlin")
+    assert together.flaws == []
+    assert together.ratio("together", rounds.mean_of(rounds.ttft)).point > 0
+
+
+# What limits a step
+
+
+def test_bytes_of_a_step() -> None:
+    """A step reads the language model and the head, a tied one in the embedding's stead; no tower and no embedding."""
+    adapter = ADAPTERS["qwen2_5_vl"]
+    tied = Checkpoint(shipped("qwen2_5_vl-tiny"))
+    decoder = sum(info.bytes for name, info in tied.tensors.items() if name.startswith("model."))
+    assert decode_bytes(tied, adapter) == decoder  # the embedding among them, as the head
+    omni = Checkpoint(shipped("qwen2_5_omni-tiny"))
+    thinker = sum(info.bytes for name, info in omni.tensors.items() if name.startswith("thinker.model.layers."))
+    head = omni.tensors["thinker.lm_head.weight"].bytes
+    read = decode_bytes(omni, ADAPTERS["qwen2_5_omni"])
+    assert thinker + head <= read < thinker + head + 10_000  # and a norm
+
+
+def test_roofline() -> None:
+    """A step of 3 ms that reads 6 GB at 4 TB/s spends half its time on it."""
+    line = Roofline(6_000_000_000, 4e12)
+    assert line.seconds == pytest.approx(1.5e-3)
+    assert "1.50 ms" in line.words(3e-3)
+    assert "50%" in line.words(3e-3)

@@ -1,0 +1,317 @@
+"""vLLM's server is started, waited for and ended as it must be: tried on a stand-in, for real processes and ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.errors import UserError
+from fixtures.engines import conditions, process
+from fixtures.engines.kernels import force, identified
+from fixtures.engines.process import EngineError
+from fixtures.engines.server import Server, Serving, arguments, config_overrides, post, start_server
+from fixtures.engines.servers import Servers
+from fixtures.engines.vllm_logs import read_start, stage, telling_lines
+from fixtures.subjects.published import published_config
+from suites.meta import fake_vllm
+
+FAKE = Path(fake_vllm.__file__)
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tiny_reference: Checkpoint, tmp_path: Path) -> Iterator[Start]:
+    """Starts the stand-in with a fault; whatever runs at the end is ended."""
+    running: list[Server] = []
+
+    def run(fault: str = "none", **settings: float) -> Server:
+        module = (sys.executable, str(FAKE), fault)
+        server = start_server(tiny_reference, Serving(), tmp_path / fault, module=module, **settings)
+        running.append(server)
+        return server
+
+    yield run
+    for server in running:
+        server.close()
+
+
+def gone(pids: frozenset[int]) -> bool:
+    """Whether none of these processes holds anything any more."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    return not any(map(alive, pids))
+
+
+def test_started_and_ended(start: Start) -> None:
+    """A server that is ready says what its log says, and when it is closed nothing of it is left, children included."""
+    server = start()
+    pids = server.pids()
+    assert server.alive()
+    assert len(pids) == 3  # the guard, the server, the engine core
+    assert server.started.kernels == ("machete",)
+    assert (server.started.weights_bytes, server.started.kv_tokens) == (round(2.03 * 2**30), 1234567)
+    server.close()
+    assert gone(pids)
+    assert not server.alive()
+
+
+def test_closed_by_its_context(start: Start) -> None:
+    """Leaving the context ends the server, whatever happened in it."""
+    server = start()
+    pids = server.pids()
+    with pytest.raises(ZeroDivisionError), server:
+        raise ZeroDivisionError
+    assert gone(pids)
+
+
+def test_stubborn_server_is_killed(start: Start) -> None:
+    """A server that ignores SIGTERM is killed."""
+    server = start("stubborn")
+    pids = server.pids()
+    server._process.close(grace=0.3)
+    assert gone(pids)
+
+
+def test_failed_start_says_why(start: Start) -> None:
+    """A server that dies is reported with the engine core's own words, not with the API server's about it."""
+    with pytest.raises(EngineError) as caught:
+        start("dies")
+    message = str(caught.value)
+    assert "does not serve" in message
+    assert "no module or parameter named 'blocks.0.attn.proj.weight'" in message
+    assert "Engine core initialization failed" not in message
+    assert len(message.splitlines()) <= 8
+
+
+def test_hanging_start_ends(start: Start, tmp_path: Path) -> None:
+    """A server that never gets ready is given up, and ended with its children."""
+    with pytest.raises(EngineError, match="not ready after"):
+        start("hangs", within=1.0)
+    assert not session_pids_of(tmp_path)
+
+
+def session_pids_of(folder: Path) -> list[str]:
+    """Processes whose command line names a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+def test_killed_parent_leaves_nothing(tmp_path: Path) -> None:
+    """When whoever started a server is killed outright, the server and its children end all the same."""
+    code = (
+        "import sys, time; from pathlib import Path; from fixtures.engines.process import Guarded\n"
+        f"p = Guarded([sys.executable, {str(FAKE)!r}, 'hangs', '--port', '1'], Path({str(tmp_path / 'log')!r}),"
+        f" {dict(os.environ)!r}, Path({str(tmp_path)!r}))\n"
+        "time.sleep(0.7); print(p.pid, *p.pids(), flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=FAKE.parents[2])
+    assert parent.stdout is not None
+    pids = frozenset(map(int, parent.stdout.readline().split()))
+    assert len(pids) == 3
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while not gone(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone(pids)
+
+
+def test_dead_server_is_started_anew(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """A server is started once for all who ask for it, and once more when it died."""
+    module = (sys.executable, str(FAKE), "none")
+
+    def begin(checkpoint: Checkpoint, serving: Serving, folder: Path, progress: object) -> Server:
+        return start_server(checkpoint, serving, folder, module=module)
+
+    servers = Servers(tmp_path, start=begin)
+    one, other = servers.several([(tiny_reference, Serving(kv_bytes=1)), (tiny_reference, Serving(kv_bytes=2))])
+    assert servers(tiny_reference, Serving(kv_bytes=1)) is one
+    assert one.port != other.port
+    one._process.close()
+    assert servers(tiny_reference, Serving(kv_bytes=1)) is not one
+    servers.close()
+    assert not other.alive()
+
+
+def test_those_that_started_survive_one_that_does_not(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """One failed start among several is reported, and the others are kept to be closed."""
+
+    def begin(checkpoint: Checkpoint, serving: Serving, folder: Path, progress: object) -> Server:
+        fault = "dies" if serving.eager else "none"
+        return start_server(checkpoint, serving, folder, module=(sys.executable, str(FAKE), fault))
+
+    servers = Servers(tmp_path, start=begin)
+    with pytest.raises(EngineError, match="does not serve"):
+        servers.several([(tiny_reference, Serving(kv_bytes=1, eager=eager)) for eager in (True, False)])
+    running = servers(tiny_reference, Serving(kv_bytes=1))
+    assert running.alive()
+    servers.close()
+    assert not running.alive()
+
+
+def test_dying_while_asked_is_told(start: Start) -> None:
+    """A server that dies over a request is reported with what its log says of it."""
+    with pytest.raises(EngineError, match="no module or parameter"):
+        post(start("dies when asked"), "chat/completions", {"model": "fake"})
+
+
+# -- logs ------------------------------------------------------------------------------------------------------------
+
+PYDANTIC = """\
+(APIServer pid=7) Traceback (most recent call last):
+(APIServer pid=7)   File "/x.py", line 3, in <module>
+(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+(APIServer pid=7)   Value error, User-specified max_model_len (4096) is greater than the derived max_model_len (2048)
+(APIServer pid=7)     For further information visit https://errors.pydantic.dev/2.13/v/value_error
+"""
+OUT_OF_MEMORY = """\
+(EngineCore pid=9) ERROR 11-22 21:00:04 [c.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB
+(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_telling_lines() -> None:
+    """Of a long log the last exception that is its own is quoted, with what explains it; else the last lines."""
+    assert telling_lines(PYDANTIC) == [
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "Value error, User-specified max_model_len (4096) is greater than the derived max_model_len (2048)",
+    ]
+    assert telling_lines(OUT_OF_MEMORY)[0].startswith("torch.OutOfMemoryError: CUDA out of memory")
+    assert telling_lines("api_server.py: error: unrecognized arguments: --nonsense\n") == [
+        "api_server.py: error: unrecognized arguments: --nonsense"
+    ]
+    assert telling_lines("one\n\ntwo\n") == ["one", "two"]
+    assert telling_lines("") == []
+
+
+@pytest.mark.parametrize(
+    ("log", "kernels"),
+    [
+        (fake_vllm.LOG, ("machete",)),
+        (fake_vllm.LOG.replace("Machete", "Marlin"), ("marlin",)),
+        (fake_vllm.LOG.replace("Using MacheteLinearKernel for AutoAWQMarlinLinearMethod", "-"), ("awq",)),
+        (
+            fake_vllm.LOG
+            + "WARNING Layer 'x' is not supported by AutoAWQMarlin. Falling back to unoptimized AWQ kernels.",
+            ("machete", "awq"),
+        ),
+        ("config: dtype=torch.float16, quantization=bitsandbytes, x", ("bitsandbytes",)),
+        ("config: dtype=torch.float16, quantization=None, x", ("fp16",)),
+        ("config: dtype=torch.bfloat16, quantization=None, x", ("bf16",)),
+        ("Using NewestLinearKernel for AutoAWQMarlinLinearMethod", ("NewestLinearKernel",)),
+        ("nothing of the kind", ()),
+    ],
+)
+def test_kernels_are_named(log: str, kernels: tuple[str, ...]) -> None:
+    """A log says by which kernels linears are computed; a fallback beside the others, an unknown one by itself."""
+    assert identified(log) == kernels
+
+
+def test_start_is_followed() -> None:
+    """A start's stages are told from the log so far, and a log without figures gives zeros."""
+    lines = fake_vllm.LOG.splitlines(keepends=True)
+    assert [stage("".join(lines[:n])) for n in (1, 3, 5, 6, 7)] == [
+        "importing",
+        "loading weights",
+        "measuring memory",
+        "warming up",
+        "opening the port",
+    ]
+    assert read_start("", 1.5).kv_tokens == 0
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags(tiny_reference: Checkpoint, good_artifact: Path, tmp_path: Path) -> None:
+    """Settings become vLLM's flags; the model's own length bounds the length, and no media means no vision tower."""
+    flags, environment = arguments(tiny_reference, Serving(), tmp_path)
+    assert flags[flags.index("--max-model-len") + 1] == "2048"
+    assert "--language-model-only" in flags
+    assert "--kv-cache-memory-bytes" not in flags
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    seeing = Serving(media=(("image", 2),), kv_bytes=5, in_flight=True, more=("--more",))
+    flags, _ = arguments(tiny_reference, seeing, tmp_path)
+    assert json.loads(flags[flags.index("--limit-mm-per-prompt") + 1]) == {"image": 2, "video": 0, "audio": 0}
+    assert flags[-1] == "--more"
+    artifact = Checkpoint(good_artifact)
+    _, environment = arguments(artifact, Serving(kernel="marlin"), tmp_path)
+    disabled = environment["VLLM_DISABLED_KERNELS"].split(",")
+    assert "MacheteLinearKernel" in disabled
+    assert "MarlinLinearKernel" not in disabled
+    flags, environment = arguments(artifact, Serving(kernel="awq"), tmp_path)
+    assert "fixtures.engines.plain_awq.PlainAwq" in flags
+    assert environment["VLLM_CACHE_ROOT"].startswith(str(tmp_path))
+
+
+def test_impossible_kernels_are_refused(tiny_reference: Checkpoint, good_artifact: Path) -> None:
+    """A kernel that does not exist, or cannot run a checkpoint, is refused before anything starts."""
+    artifact = Checkpoint(good_artifact)
+    with pytest.raises(UserError, match="did you mean 'marlin'"):
+        force("marlyn", artifact, "float16")
+    with pytest.raises(UserError, match="for AWQ's layout"):
+        force("marlin", tiny_reference, "float16")
+    with pytest.raises(UserError, match="float16, not bfloat16"):
+        force("awq", artifact, "bfloat16")
+
+
+def test_positions_of_video_are_overridden() -> None:
+    """Where vLLM would read other positions per second than transformers, it is told; published sizes need nothing."""
+    assert config_overrides(published_config("qwen2_5_omni-3b")) == {}
+    assert config_overrides(published_config("qwen2_5_vl-3b")) == {}
+    odd = {"thinker_config": {"position_id_per_seconds": 1, "vision_config": {}}}
+    assert config_overrides(odd) == {"thinker_config": {"vision_config": {"tokens_per_second": 1}}}
+
+
+def test_conditions_are_run_once(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """Equal conditions share one run; a failed one fails those alone that need it; one never begun is a mistake."""
+    ran = []
+
+    def run(checkpoint: Checkpoint, serving: Serving, *_: object, prompts: Path) -> object:
+        ran.append(serving)
+        if serving.eager:
+            raise EngineError("did not start")
+        return serving
+
+    runs = conditions.Runs(tmp_path, run=run)
+    good, bad = (conditions.Condition(tiny_reference, Serving(eager=eager)) for eager in (False, True))
+    runs.begin([good, bad, replace(good)], [])
+    runs.begin([good], [])
+    assert runs.recorded(good) == good.serving
+    with pytest.raises(EngineError, match="did not start"):
+        runs.recorded(bad)
+    with pytest.raises(LookupError):
+        runs.recorded(conditions.Condition(tiny_reference, Serving(kv_bytes=3)))
+    assert len(ran) == 2
+    runs.close()
+
+
+def test_everything_ends_with_the_interpreter(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """What still runs at the interpreter's end is ended."""
+    module = (sys.executable, str(FAKE), "none")
+    server = start_server(tiny_reference, Serving(), tmp_path, module=module)
+    pids = server.pids()
+    process.close_all()
+    assert gone(pids)

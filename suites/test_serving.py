@@ -1,0 +1,335 @@
+"""Serving: vLLM answers with an artifact as transformers does, whatever its kernels, batches and graphs; and survives.
+
+Answers are held against transformers in float32 with the weights as our own code decodes them. Differences are
+measured in KL of teacher-forced distributions, against a noise floor: what float16 and another order of sums do to the
+reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fixtures.adapters import Adapter
+from fixtures.chosen import Selection
+from fixtures.core import metrics
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.limits import Limits
+from fixtures.core.samples import Sample
+from fixtures.engines import bad_requests
+from fixtures.engines.chat import ask, ask_all
+from fixtures.engines.conditions import ALONE, IMAGES, KERNELS, NEW_TOKENS
+from fixtures.engines.loading import load_processor
+from fixtures.engines.replies import Compared, Reply, Taught, compare, paired
+from fixtures.engines.saying import replies
+from fixtures.engines.server import Server
+from fixtures.meters import nvml
+from fixtures.serving_under_test import Exact, Recordings
+from fixtures.verifying import Verify
+
+pytestmark = [pytest.mark.gpu, pytest.mark.served]
+
+ASKED = 8  # samples per modality that a server is asked
+AT_ONCE = 16  # requests
+BAD = 200  # requests
+NoiseOf = Callable[[str], float]  # modality -> nats
+
+
+def kl(one: Sequence[Taught], other: Sequence[Taught]) -> float:
+    """Mean KL per token between two engines' distributions, in nats."""
+    return metrics.mean(torch.cat([torch.empty(0), *(metrics.token_kl(a, b) for a, b in paired(one, other))]))
+
+
+def judge(verify: Verify, compared: Compared, limits: Limits, tokens: str) -> None:
+    """Hold greedy answers against each other: no divergence but near ties, not many of these, enough looked at."""
+    verify.none_of("divergences that are no near tie", compared.unexcused, among=compared.answers)
+    verify("same answers", compared.same_share, "share of answers", at_least=limits("serving.same_answers"))
+    verify("tokens compared", compared.tokens, at_least=limits(tokens))
+    rows = [(d.sample, d.place, d.one, d.other, d.gap) for d in compared.divergences]
+    verify.table("Divergences", ("sample", "token", "one says", "the other", "nats apart"), rows)
+
+
+@pytest.fixture
+def noise(reference_recorded: Recordings, reference: Checkpoint, adapter: Adapter, exact: Exact) -> NoiseOf:
+    """What float16 and another order of sums do to the reference: the larger of vLLM's two ways and transformers'."""
+
+    def of(modality: str) -> float:
+        eager, graphs = (reference_recorded(name).taught[f"{modality}-taught"] for name in ("eager", "graphs"))
+        return max(kl(exact(reference, adapter, modality)[1], eager), kl(eager, graphs))
+
+    return of
+
+
+# -- offline ---------------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_transformers(
+    artifact_recorded: Recordings,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """VLLM's greedy answers are transformers', but for near ties."""
+    said, _ = exact(artifact, adapter, modality)
+    judge(verify, compare(said, artifact_recorded("graphs").greedy[modality]), limits, "serving.tokens")
+
+
+def test_reference_answers_of_transformers(
+    reference_recorded: Recordings,
+    reference: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """So are the reference's: prompts, media and positions reach the model as they do in transformers."""
+    said, _ = exact(reference, adapter, modality)
+    judge(verify, compare(said, reference_recorded("graphs").greedy[modality]), limits, "serving.tokens")
+
+
+def test_kl_against_fp16(
+    artifact_recorded: Recordings,
+    reference_recorded: Recordings,
+    artifact: Checkpoint,
+    reference: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Served, an artifact is as far from its served FP16 reference as its weights are: serving adds nothing."""
+    name = f"{modality}-taught"
+    served = kl(reference_recorded("graphs").taught[name], artifact_recorded("graphs").taught[name])
+    weights = kl(exact(reference, adapter, modality)[1], exact(artifact, adapter, modality)[1])
+    verify(
+        "KL against FP16, of that of the weights",
+        served / weights if weights else None,
+        at_most=limits("serving.kl_of_weights"),
+        detail=f"served {served:.4g} nats, transformers {weights:.4g} nats",
+    )
+    verify(
+        "KL against FP16, of that of the weights, from below",
+        served / weights if weights else None,
+        at_least=1 / limits("serving.kl_of_weights"),
+    )
+    verify.note("mean token KL against FP16, served", served, "nats")
+
+
+def test_kernel_computes_what_is_stored(
+    artifact_recorded: Recordings, noise: NoiseOf, modality: str, limits: Limits, verify: Verify
+) -> None:
+    """The kernel's distributions are those of the weights as we decode them, served in float16."""
+    hold(verify, artifact_recorded, ("decoded", "eager"), noise, modality, limits)
+
+
+def test_graphs_are_eager(
+    artifact_recorded: Recordings, noise: NoiseOf, modality: str, limits: Limits, verify: Verify
+) -> None:
+    """Compilation and CUDA graphs change nothing beyond rounding."""
+    hold(verify, artifact_recorded, ("eager", "graphs"), noise, modality, limits)
+    recorded = [artifact_recorded(name).greedy[modality] for name in ("eager", "graphs")]
+    verify.none_of("divergences that are no near tie", compare(*recorded).unexcused, among=len(recorded[0]))
+
+
+@pytest.mark.several_kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_agree(
+    artifact_recorded: Recordings, noise: NoiseOf, kernel: str, modality: str, limits: Limits, verify: Verify
+) -> None:
+    """VLLM's own choice, Marlin and AWQ's plain kernel compute the same, and each is the one that was asked for."""
+    named = artifact_recorded(kernel).started.kernels
+    verify.none_of("kernels other than asked for", sorted(set(named) - {kernel}), among=len(named))
+    hold(verify, artifact_recorded, ("eager", kernel), noise, modality, limits)
+
+
+def test_alone_is_together(
+    artifact_recorded: Recordings,
+    noise: NoiseOf,
+    adapter: Adapter,
+    selection: Selection,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """A prompt's answer does not depend on what is served beside it."""
+    recorded = artifact_recorded("eager")
+    floor = max(noise(modality) for modality in selection.modalities_of(adapter))
+    beside = [t for m in selection.modalities_of(adapter) for t in recorded.taught[f"{m}-taught"][:ALONE]]
+    moved = kl(recorded.taught["alone-taught"], beside)
+    verify("KL of prompts alone, of the noise floor", moved / floor, at_most=limits("serving.of_noise_floor"))
+    together = [r for m in selection.modalities_of(adapter) for r in recorded.greedy[m][:ALONE]]
+    compared = compare(recorded.greedy["alone"], together)
+    verify.none_of("divergences that are no near tie", compared.unexcused, among=compared.answers)
+    verify.note("same answers", compared.same_share, "share of answers")
+
+
+@pytest.mark.several_gpus
+def test_tensor_parallel(
+    artifact_recorded: Recordings,
+    reference_recorded: Recordings,
+    noise: NoiseOf,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """An engine spread over several GPUs answers as on one."""
+    hold(verify, artifact_recorded, ("eager", "parallel"), noise, modality, limits)
+    name = f"{modality}-taught"
+    moved = kl(reference_recorded("eager").taught[name], reference_recorded("parallel").taught[name])
+    verify.note("the reference's own", moved, "nats")
+
+
+def hold(
+    verify: Verify, recorded: Recordings, pair: tuple[str, str], noise: NoiseOf, modality: str, limits: Limits
+) -> None:
+    """Hold the KL between two conditions against the noise floor."""
+    one, other = (recorded(name) for name in pair)
+    moved, floor = kl(one.taught[f"{modality}-taught"], other.taught[f"{modality}-taught"]), noise(modality)
+    verify(
+        f"KL of {pair[1]} to {pair[0]}, of the noise floor",
+        moved / floor if floor else None,
+        at_most=limits("serving.of_noise_floor"),
+        detail=f"{moved:.3g} nats, noise {floor:.3g} nats; kernels {other.started.kernels}, {one.started.kernels}",
+    )
+
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(served_samples: Callable[[str], Sequence[Sample]], modality: str) -> Sequence[Sample]:
+    """What a server is asked in a modality."""
+    if modality in ("audio", "mixed") and not any(map(importlib.util.find_spec, ("soundfile", "av"))):
+        pytest.skip("vLLM's server cannot read sound here: pip install soundfile")
+    return served_samples(modality)[:ASKED]
+
+
+def test_server_answers(
+    server: Server,
+    artifact_recorded: Recordings,
+    artifact: Checkpoint,
+    asked: Sequence[Sample],
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """The server answers as vLLM does offline; its prompts are the same tokens, media included."""
+    said = ask_all(server, asked, load_processor(artifact), NEW_TOKENS)
+    offline = artifact_recorded("eager").greedy[modality][:ASKED]
+    judge(verify, compare(offline, said), limits, "serving.server_tokens")
+
+
+def test_several_at_once(
+    server: Server,
+    artifact: Checkpoint,
+    asked: Sequence[Sample],
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Requests that come at the same time are answered as those that come one by one."""
+    processor = load_processor(artifact)
+    one_by_one = ask_all(server, asked, processor, NEW_TOKENS)
+    again = [replace(sample, id=f"{sample.id}, again") for sample in asked]
+    together = ask_all(server, [*asked, *again], processor, NEW_TOKENS, at_once=AT_ONCE)
+    repeated = [*one_by_one, *(replace(r, sample=s.id) for r, s in zip(one_by_one, again, strict=True))]
+    judge(verify, compare(repeated, together), limits, "serving.server_tokens")
+
+
+@pytest.mark.parametrize("count", [2, IMAGES])
+def test_several_images(
+    server: Server,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    served_samples: Callable[[str], Sequence[Sample]],
+    count: int,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Several images in one prompt are read as transformers reads them."""
+    samples = served_samples("image")
+    prompts = [showing_several(samples[start : start + count]) for start in range(0, ASKED, 2)]
+    said = ask_all(server, prompts, load_processor(artifact), NEW_TOKENS)
+    judge(
+        verify,
+        compare(replies(exact.engine(artifact, adapter), prompts, NEW_TOKENS), said),
+        limits,
+        "serving.few_tokens",
+    )
+
+
+def showing_several(samples: Sequence[Sample]) -> Sample:
+    """One prompt with the images of several samples."""
+    images = [part for sample in samples for part in sample.content if part["type"] == "image"]
+    question = [part for part in samples[0].content if part["type"] != "image"]
+    return replace(samples[0], id=f"{len(images)} images: {samples[0].id}", content=(*images, *question))
+
+
+def test_bad_requests(
+    server: Server,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    served_samples: Callable[[str], Sequence[Sample]],
+    verify: Verify,
+) -> None:
+    """A request that cannot be served gets a 4xx that says why, and the next good one its answer, as before."""
+    sample, processor = served_samples("image")[0], load_processor(artifact)
+    before = ask(server, sample, processor, NEW_TOKENS)
+    bodies = bad_requests.bad_requests(server, sample, processor, IMAGES, hears="audio" in adapter.modalities)
+    refusals, changed = [], []
+    for kind, body in bodies.items():
+        refusals.append(bad_requests.refused(server, kind, body))
+        after = ask(server, sample, processor, NEW_TOKENS)
+        changed += [f"after {kind}: {line}" for line in compare([before], [after]).unexcused]
+    verify.none_of(
+        "bad requests without a clean refusal", [str(r) for r in refusals if not r.clean], among=len(refusals)
+    )
+    verify.none_of("answers that changed after one", changed, among=len(refusals))
+    verify.table("Refusals", ("request", "status", "says"), [(r.kind, r.status, r.message[:120]) for r in refusals])
+
+
+def test_nothing_is_lost(
+    server: Server,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    served_samples: Callable[[str], Sequence[Sample]],
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Two hundred bad requests and clients that hang up cost no memory of the GPU, and the server goes on."""
+    sample, processor = served_samples("image")[0], load_processor(artifact)
+    bodies = bad_requests.bad_requests(server, sample, processor, IMAGES, hears="audio" in adapter.modalities)
+    good = bad_requests.chat_request(server.model, sample, processor, max_tokens=NEW_TOKENS)
+
+    def misbehave(times: int) -> int:
+        kinds = list(bodies)
+        for turn in range(times):
+            if turn % 4 == 3:
+                bad_requests.hang_up(server, good)
+            else:
+                bad_requests.refused(server, kinds[turn % len(kinds)], bodies[kinds[turn % len(kinds)]])
+        return times
+
+    misbehave(2 * len(bodies))  # what is allocated once and kept is no loss
+    first: Reply = ask(server, sample, processor, NEW_TOKENS)
+    before = used_bytes(server)
+    count = misbehave(BAD)
+    last = ask(server, sample, processor, NEW_TOKENS)
+    lost = bad_requests.lost_bytes(before, used_bytes(server))
+    verify("memory lost", lost / 2**20, "MiB", at_most=limits("serving.lost_memory"), detail=f"{count} requests")
+    verify.none_of("answers that changed", compare([first], [last]).unexcused, among=1)
+    verify("alive", server.alive(), equal_to=1)
+
+
+def used_bytes(server: Server) -> int:
+    """What a server holds of the GPU, by process where the driver tells; else what the whole card holds."""
+    own = nvml.process_bytes(server.pids())
+    return nvml.card().used if own is None else own

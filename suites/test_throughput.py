@@ -1,0 +1,242 @@
+"""Throughput: an artifact against its FP16 reference, in vLLM's OpenAI server, per load regime and kernel.
+
+Servers of both are alive at once and take turns, round by round, after a warm-up round. A ratio is judged by the end of
+its 95 % interval, never by the point.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fixtures.adapters import Adapter
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.limits import Limits
+from fixtures.core.targets import Target
+from fixtures.meters import rounds
+from fixtures.meters.bandwidth import Roofline, decode_bytes
+from fixtures.meters.regimes import REGIMES, SINGLE_STREAM, STREAMED, Regime
+from fixtures.meters.rounds import COUNTED, Recorded
+from fixtures.throughput_under_test import Contest
+from fixtures.verifying import Verify
+
+pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
+
+TTFT, ITL = rounds.median_of(rounds.ttft), rounds.median_of(rounds.itl)
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+def test_throughput(contest: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
+    """By its best kernel the artifact answers as many tokens per second, of FP16's, as is claimed of this regime."""
+    recorded = contest(regime)
+
+    sound(recorded, contest, limits, verify)
+    faster(recorded, limits("throughput.ratio", target.weights, target.quantizer, regime.name), verify)
+    if (strangers := contest.others.get(regime.name)) is not None:
+        verify.note("memory that strangers hold on the card", strangers / 1e9, "GB")
+
+
+@pytest.mark.parametrize("regime", STREAMED, ids=str)
+def test_latency(contest: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
+    """Streamed, the artifact's first token and those after it keep nobody waiting much longer than FP16's do."""
+    recorded = contest(regime)
+    case = (target.weights, target.quantizer, regime.name)
+
+    sound(recorded, contest, limits, verify)
+    prompt(recorded, limits("throughput.ttft", *case), limits("throughput.itl", *case), verify)
+
+
+def test_concurrent_serving(contest: Contest, target: Target, limits: Limits, verify: Verify) -> None:
+    """Requests that arrive together are answered together: faster, and each begun sooner, than one after another."""
+    recorded = contest.arrivals(contest.names[1])
+
+    sound(recorded, None, limits, verify)
+    together(
+        recorded,
+        limits("throughput.concurrent", target.weights),
+        limits("throughput.concurrent_ttft", target.weights),
+        verify,
+    )
+
+
+def test_step(
+    contest: Contest,
+    target: Target,
+    reference: Checkpoint,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    bandwidth: float,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """No decode step is faster than its weights can be read: what is measured is a decode step, and what limits it."""
+    recorded = contest(SINGLE_STREAM)
+    lines = {
+        condition: Roofline(decode_bytes(artifact if condition in recorded.others else reference, adapter), bandwidth)
+        for condition in recorded.conditions
+    }
+    bounded(recorded, lines, limits("throughput.of_roofline", target.weights), verify)
+
+
+# -- judgements, of rounds as values -----------------------------------------------------------------------------
+
+
+def sound(recorded: Recorded, contest: Contest | None, limits: Limits, verify: Verify) -> None:
+    """The rounds are measurements: all there, no request lost or short, the kernels those that are named."""
+    verify("rounds counted, fewest of a condition", recorded.fewest_rounds, at_least=COUNTED)
+    verify.none_of("requests that are no measurement", recorded.flaws, among=recorded.requests)
+    if contest is not None:
+        verify.none_of(
+            "conditions on another kernel", recorded.fallbacks(contest.expected), among=len(recorded.conditions)
+        )
+    verify.note("requests per round", recorded.regime.requests, detail=recorded.regime.words)
+    verify(
+        "load generator, busiest",
+        recorded.busiest,
+        "of a core",
+        at_most=limits("throughput.generator", recorded.regime.name),
+    )
+
+
+def faster(recorded: Recorded, least: float, verify: Verify) -> None:
+    """The best kernel's throughput is at least ``least`` of the base's, by the lower end of its interval."""
+    speed = rounds.tokens_per_second
+    best = recorded.best(speed)
+    found = recorded.ratio(best, speed)
+    verify(
+        f"throughput by {best}, of FP16's, lower end",
+        found.low,
+        at_least=least,
+        detail="\n".join(f"{other}: {recorded.ratio(other, speed)} of FP16's" for other in recorded.others),
+    )
+    verify.note(f"throughput by {best}, of FP16's", found.point, detail=str(found))
+    verify.note(f"throughput of {recorded.base}", recorded.typical(recorded.base, speed), "tokens/s")
+    verify.note(f"throughput by {best}", recorded.typical(best, speed), "tokens/s")
+    verify.note("gain expected", least >= 1, detail=expectation(recorded, best, least))
+    verify.table(
+        "Throughput",
+        ("regime", "kernel", "tokens/s", "prompt tokens/s", "requests/s", "of FP16's", "low", "high"),
+        [
+            (
+                recorded.regime.name,
+                condition,
+                number(recorded.typical(condition, speed)),
+                number(recorded.typical(condition, rounds.prompt_tokens_per_second)),
+                number(recorded.typical(condition, rounds.requests_per_second)),
+                *ends(recorded, condition, speed),
+            )
+            for condition in recorded.conditions
+        ],
+    )
+
+
+def expectation(recorded: Recorded, best: str, least: float) -> str:
+    """Whether fewer bytes are expected to show in this regime, and what was found."""
+    found = recorded.ratio(best, rounds.tokens_per_second)
+    outcome = (
+        f"{best} is faster" if found.low > 1 else f"{best} is slower" if found.high < 1 else "it makes no difference"
+    )
+    if least >= 1:
+        return f"yes, {least:g} at least; {outcome}"
+    why = (
+        "prompts are read by large matrix products, which compute, not bytes, limit"
+        if recorded.regime.prefill
+        else "the weights' bytes are a small part of a step here: launches, activations and the KV cache are not fewer"
+    )
+    return f"no, only that no more than a share is lost: {why}; {outcome}"
+
+
+def prompt(recorded: Recorded, most_ttft: float, most_itl: float, verify: Verify) -> None:
+    """First token and later ones come within these multiples of the base's medians, by the intervals' upper ends."""
+    best = recorded.best(ITL, lowest=True)
+    for what, measure, most in (("time to first token", TTFT, most_ttft), ("inter-token latency", ITL, most_itl)):
+        found = recorded.ratio(best, measure)
+        verify(f"median {what} by {best}, of FP16's, upper end", found.high, at_most=most, detail=str(found))
+    verify.table(
+        "Latency",
+        ("regime", "kernel", *(f"{what} {q} ms" for what in ("TTFT", "TPOT", "ITL", "pause") for q in ("p50", "p99"))),
+        [
+            (
+                recorded.regime.name,
+                condition,
+                *(
+                    number(1e3 * rounds.quantile(latency(recorded.timings(condition)), q))
+                    for latency in (rounds.ttft, rounds.tpot, rounds.itl, rounds.gaps)
+                    for q in (0.5, 0.99)
+                ),
+            )
+            for condition in recorded.conditions
+        ],
+    )
+
+
+def together(recorded: Recorded, least: float, most_ttft: float, verify: Verify) -> None:
+    """All at once is ``least`` times as fast as one by one, and the mean first token comes in ``most_ttft`` of it."""
+    (concurrent,) = recorded.others
+    speed, first = rounds.tokens_per_second, rounds.mean_of(rounds.ttft)
+    gain, wait = recorded.ratio(concurrent, speed), recorded.ratio(concurrent, first)
+
+    verify("throughput together, of one by one, lower end", gain.low, at_least=least, detail=str(gain))
+    verify("time to first token together, of one by one, upper end", wait.high, at_most=most_ttft, detail=str(wait))
+    verify.table(
+        "Sequential against concurrent",
+        ("answered", "tokens/s", "mean TTFT ms", "of tokens/s", "low", "high"),
+        [
+            (
+                condition,
+                number(recorded.typical(condition, speed)),
+                number(1e3 * recorded.typical(condition, first)),
+                *ends(recorded, condition, speed),
+            )
+            for condition in recorded.conditions
+        ],
+    )
+
+
+def bounded(recorded: Recorded, lines: dict[str, Roofline], most: float, verify: Verify) -> None:
+    """Reading the weights takes at most ``most`` of a measured step: a step in less time was none."""
+    steps = {condition: recorded.typical(condition, ITL) for condition in recorded.conditions}
+    shares = {condition: lines[condition].seconds / steps[condition] for condition in recorded.conditions}
+    for condition in recorded.conditions:
+        verify(
+            f"of a decode step by {condition}, the time to read its weights",
+            shares[condition],
+            at_most=most,
+            detail=lines[condition].words(steps[condition]),
+        )
+    base = recorded.base
+    for condition in recorded.others:
+        spared = lines[base].seconds - lines[condition].seconds
+        verify.note(
+            f"throughput by {condition}, of FP16's, were reading fewer bytes all that changed",
+            steps[base] / (steps[base] - spared) if steps[base] > spared else None,
+            detail=f"measured {steps[base] / steps[condition]:.2f}: the rest goes into decoding weights and launches",
+        )
+    verify.table(
+        "Decode step of one request",
+        ("kernel", "weights read, GB", "read in ms", "step ms", "share"),
+        [
+            (
+                condition,
+                lines[condition].weight_bytes / 1e9,
+                1e3 * lines[condition].seconds,
+                number(1e3 * steps[condition]),
+                number(shares[condition]),
+            )
+            for condition in recorded.conditions
+        ],
+    )
+
+
+def ends(recorded: Recorded, condition: str, measure: rounds.Measure) -> tuple[float | None, ...]:
+    """Ratio to the base and its interval; of the base itself there is none."""
+    if condition == recorded.base:
+        return 1.0, None, None
+    found = recorded.ratio(condition, measure)
+    return number(found.point), number(found.low), number(found.high)
+
+
+def number(value: float) -> float | None:
+    """A number for a table; None where nothing was measured."""
+    return None if math.isnan(value) else value
