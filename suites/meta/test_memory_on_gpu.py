@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from threading import Lock
 
 import pytest
 
@@ -41,12 +42,14 @@ AT_ONCE = 6  # workers: each starts its own Python and context, and NVML tells t
 @pytest.fixture(scope="module")
 def measured(selection: Selection) -> Iterator[Callable[[Run], Measured]]:
     """Tiny checkpoints, each measured in a worker of its own; several workers at once."""
+    making = Lock()  # transformers sets torch's default dtype and device while it loads: not for two threads
 
     def look(run: Run) -> Measured:
         family, quantizer, fault, share = run
         adapter, checkpoint = ADAPTERS[family], Checkpoint(shipped(f"{family}-tiny"))
         if quantizer:
-            checkpoint = Checkpoint(cached_artifact(checkpoint, recipe_for(quantizer, None), (), selection.cache))
+            with making:
+                checkpoint = Checkpoint(cached_artifact(checkpoint, recipe_for(quantizer, None), (), selection.cache))
         modalities = () if fault else adapter.modalities
         record = measure(job_for(checkpoint, adapter, modalities, fault=fault, memory_share=share), timeout=180)
         return Measured(checkpoint.name, of_checkpoint(checkpoint, adapter, loading_dtype(checkpoint)), record)

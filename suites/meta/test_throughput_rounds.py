@@ -160,9 +160,10 @@ def test_prefill() -> None:
 # Conditions
 
 
-def quantized(method: str | None) -> Any:
+def quantized(method: str | None, digest: str = "d") -> Any:
     """A checkpoint as far as choosing kernels looks at it."""
-    return SimpleNamespace(quantization={"quant_method": method} if method else None, path="somewhere")
+    given = {"quant_method": method} if method else None
+    return SimpleNamespace(quantization=given, path="somewhere", digest=digest)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,17 @@ def test_contest_takes_turns_and_keeps_failures() -> None:
     assert not recorded.fallbacks(contest.expected)
     assert contest.arrivals("marlin").conditions == ("one_by_one", "together")
     contest.close()
-    assert servers.running == []
+    assert servers.running == [(compared[0].checkpoint, compared[0].serving(pictures=False))]
+
+
+def test_base_is_kept_for_the_next_of_its_reference() -> None:
+    """FP16's servers go on for another artifact of the same reference, and end for one of another."""
+    servers, kept = NoServers(), []  # type: ignore[var-annotated]
+    for base in (quantized(None, "reference"), quantized(None, "reference"), quantized(None, "other")):
+        contest = Contest(conditions(base, quantized("awq"), "", hopper=True), servers, 1000, None, kept=kept)  # type: ignore[arg-type]
+        contest.start(text=True, pictures=True)
+        contest.close()
+        assert [checkpoint.digest for checkpoint, _ in servers.running] == [base.digest] * 2
 
 
 def test_contest_against_a_server_that_answers() -> None:
