@@ -256,6 +256,32 @@ def test_marked_tests_get_full_size_targets(pytester: pytest.Pytester) -> None:
     assert not [line for line in small if "7b" in line]
 
 
+ORDERED = """
+import pytest
+pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
+
+@pytest.mark.parametrize("regime", "ab")
+def test_large(target, regime): "Is large."
+
+def test_step(target): "Is a step."
+
+def test_senses(target, modality): "Has senses."
+"""
+
+
+def test_order_of_what_needs_a_gpu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs a GPU runs file by file, and in each target by target: whatever a target started is started once."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makepyfile(test_other=ORDERED, seen="import torch\ntorch.cuda.device_count = lambda: 1")
+    run = collected(pytester, "-p", "seen", "--collect-only", "-q", "--family", "qwen2_5_vl", source=ORDERED)
+    lines = [line for line in run.stdout.lines if "::" in line]
+    places = [(line.partition("::")[0], "nf4" in line) for line in lines]
+    assert len(places) == 2 * 2 * 6
+    assert places == sorted(
+        places, key=lambda place: (list(dict.fromkeys(f for f, _ in places)).index(place[0]), place[1])
+    )
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_without_a_gpu(pytester: pytest.Pytester) -> None:
     """Without a GPU a plain run leaves out what needs one, and says in one line how to run it."""

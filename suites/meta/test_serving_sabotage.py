@@ -129,7 +129,9 @@ def recording(
 def said_by(check: Callable[..., None], selection: Selection, **given: Any) -> Verify:
     """What a check of the suite says of recordings."""
     verify = listener()
-    available = {"verify": verify, "limits": selection.limits, "modality": "text", "noise": lambda _: NOISE, **given}
+    target = Target("qwen2_5_vl", "tiny", "awq")
+    known = {"limits": selection.limits, "modality": "text", "noise": lambda _: NOISE, "target": target}
+    available = {"verify": verify, **known, **given}
     check(**{name: available[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
     return verify
 
@@ -156,6 +158,40 @@ def test_moved_distributions_are_seen(check: Callable[..., None], fault: str | N
     good, other = recording(LOGPROBS), OTHERS[fault] if fault else recording(moved(1e-3))
     recorded = {"decoded": good, "eager": other if check.__name__.endswith("stored") else good, "graphs": other}
     assert held(said_by(check, selection, artifact_recorded=recorded.__getitem__)) == (fault is None)
+
+
+@pytest.mark.parametrize(("floor", "holds"), [(NOISE, True), (1e-2, False), (math.nan, False), (0.0, False)])
+def test_a_floor_that_excuses_anything_is_seen(floor: float, holds: bool, selection: Selection) -> None:
+    """A noise floor that is high, no number or nothing does not hold: all would be within it."""
+    recorded = {"decoded": recording(LOGPROBS), "eager": recording(moved(1e-3))}
+    check = test_serving.test_kernel_computes_what_is_stored
+    said = said_by(check, selection, artifact_recorded=recorded.__getitem__, noise=lambda _: floor)
+    assert held(said) == holds
+
+
+FLOORS = {"reference in float32": 0, "artifact in float32": 1, "reference, eager": 2, "graphs": 3, "decoded": 4}
+
+
+@pytest.mark.parametrize("broken", [None, *FLOORS])
+def test_noise_is_the_largest_of_what_moves_without_a_kernel(broken: str | None) -> None:
+    """The floor is the largest of its three distances, and NaN in any of what it is made of is not lost."""
+    logprobs = [LOGPROBS, LOGPROBS, moved(1e-3), moved(1e-3), moved(2e-3)]
+    if broken:
+        logprobs[FLOORS[broken]] = torch.full_like(LOGPROBS, math.nan)
+    said = [recording(one) for one in logprobs]
+    exact = {"reference": said[0], "artifact": said[1]}
+    floor = test_serving.noise.__wrapped__(
+        {"eager": said[2], "graphs": said[3]}.__getitem__,
+        {"decoded": said[4]}.__getitem__,
+        "reference",
+        "artifact",
+        None,
+        lambda checkpoint, *_: ([], exact[checkpoint].taught["text-taught"]),
+    )("text")
+    if broken:
+        assert math.isnan(floor)
+    else:
+        assert floor == test_serving.kl(said[1].taught["text-taught"], said[4].taught["text-taught"]) > NOISE
 
 
 @pytest.mark.parametrize(
