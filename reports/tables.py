@@ -2,13 +2,16 @@
 
 A README says where a table comes from, between two comments, and ``python -m reports readme README.md`` fills it in::
 
-    <!-- table: reports/measured/h200.json: memory -->
+    <!-- table: reports/measured/h200.json: memory: what, bytes -->
     <!-- end of table -->
+
+Of several tables of that title (one per target) it shows all rows; of the columns those that are named, or all.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fixtures.core.errors import UserError
@@ -16,8 +19,10 @@ from fixtures.core.measurement import readable
 from fixtures.core.results import Run, Table
 from reports import store
 
+_CACHED = re.compile(r"-[0-9a-f]{16}\b")  # what tells artifacts of one recipe apart in the cache
 _PLACE = re.compile(
-    r"(?P<begin><!-- table: (?P<file>\S+\.json): (?P<title>[^\n]+?) -->\n)(?P<table>.*?)(?P<end><!-- end of table -->)",
+    r"(?P<begin><!-- table: (?P<file>\S+\.json): (?P<title>[^\n:]+?)(?:: (?P<columns>[^\n:]+?))? -->\n)"
+    r"(?P<table>.*?)(?P<end><!-- end of table -->)",
     re.DOTALL,
 )
 
@@ -39,6 +44,19 @@ def merged(run: Run, title: str) -> Table:
     return Table(title, ("target", *columns), tuple(rows))
 
 
+def narrowed(table: Table, columns: Sequence[str]) -> Table:
+    """The table with only some columns, in their order; rows that are then equal once.
+
+    Raises:
+        UserError: when it has no such column.
+    """
+    if unknown := [column for column in columns if column not in table.columns]:
+        raise UserError(f"{table.title!r} has no column {unknown[0]!r}; it has {', '.join(table.columns)}")
+    places = [table.columns.index(column) for column in columns]
+    rows = dict.fromkeys(tuple(row[place] for place in places) for row in table.rows)
+    return Table(table.title, tuple(columns), tuple(rows))
+
+
 def markdown(table: Table) -> str:
     """The table in GitHub's Markdown; numbers as a person reads them, nothing for what was not measured."""
     lines = [table.columns, ["---"] * len(table.columns), *([_cell(cell) for cell in row] for row in table.rows)]
@@ -55,8 +73,10 @@ def filled(text: str, folder: Path) -> str:
         raise UserError("a <!-- table: FILE.json: TITLE --> has no <!-- end of table --> after it")
 
     def fill(place: re.Match[str]) -> str:
-        table = markdown(merged(store.load(folder / place["file"]), place["title"]))
-        return f"{place['begin']}\n{table}\n{place['end']}"
+        table = merged(store.load(folder / place["file"]), place["title"])
+        if place["columns"]:
+            table = narrowed(table, [column.strip() for column in place["columns"].split(",")])
+        return f"{place['begin']}\n{markdown(table)}\n{place['end']}"
 
     return _PLACE.sub(fill, text)
 
@@ -64,5 +84,6 @@ def filled(text: str, folder: Path) -> str:
 def _cell(value: str | float | int | None) -> str:
     if value is None:
         return ""
-    said = value if isinstance(value, str) else readable(float(value))
-    return said.replace("|", "\\|").replace("\n", " ")
+    if isinstance(value, str):
+        return _CACHED.sub("", value).replace("|", "\\|").replace("\n", " ")
+    return f"{value:.0f}" if abs(value) >= 1000 else readable(float(value))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -101,6 +103,20 @@ def test_bytes_by_process(with_nvml: Callable[..., ModuleType]) -> None:
     assert nvml.process_bytes({10, 11}) == 12
     assert nvml.bytes_of_others({10, 11}) == 100
     assert nvml.bytes_of_others({10, 11, 12}) == 0
+
+
+def test_ours_are_all_that_the_run_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own processes are the one that runs it and all below it; another run's are strangers."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setenv(nvml.RUN, str(os.getpid()))
+        assert {os.getpid(), child.pid} <= nvml.ours()
+        assert os.getppid() not in nvml.ours()
+        monkeypatch.setenv(nvml.RUN, str(child.pid))
+        assert nvml.ours() == {os.getpid(), child.pid}
+        assert child.stdin is not None
+        child.stdin.close()
+    monkeypatch.setenv(nvml.RUN, str(child.pid))  # which has ended
+    assert os.getpid() in nvml.ours()
 
 
 @pytest.mark.parametrize(

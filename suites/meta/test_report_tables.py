@@ -10,7 +10,7 @@ from fixtures.core.errors import UserError
 from fixtures.core.results import Result, Run, Table
 from reports import store
 from reports.__main__ import main
-from reports.tables import filled, markdown, merged
+from reports.tables import filled, markdown, merged, narrowed
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +39,18 @@ def test_markdown() -> None:
     assert markdown(MEMORY) == "| what | bytes |\n| --- | --- |\n| a\\|b | 1234567 |\n| c |  |\n"
 
 
+def test_cells() -> None:
+    """Large numbers are whole, small ones have four digits, and a cached artifact's digest is left out."""
+    cells = Table("t", ("a", "b", "c", "d"), ((14313.126, 0.8842684, 3.0, "vl-3b-rtn-4307c4c59df412d7"),))
+    assert markdown(cells).splitlines()[-1] == "| 14313 | 0.8843 | 3 | vl-3b-rtn |"
+
+
+def test_narrowed() -> None:
+    """Of the columns those that are named are shown, in that order, and rows that are then equal once."""
+    table = Table("t", ("a", "b", "c"), ((1, 2, 3), (1, 5, 3)))
+    assert narrowed(table, ["c", "a"]).rows == ((3, 1),)
+
+
 def test_filled_again_changes_nothing(tmp_path: Path) -> None:
     """A README is filled in from the run it names, and filling it in again leaves it as it is."""
     store.save(run(MEMORY), tmp_path / "run.json")
@@ -56,6 +68,10 @@ def test_filled_again_changes_nothing(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("<!-- table: run.json: speed -->\n<!-- end of table -->", "no table 'speed'; it has memory"),
+        (
+            "<!-- table: run.json: memory: size -->\n<!-- end of table -->",
+            "no column 'size'; it has target, what, bytes",
+        ),
         ("<!-- table: none.json: memory -->\n<!-- end of table -->", "cannot read"),
         ("<!-- table: run.json: memory -->\n", "has no <!-- end of table -->"),
     ],
