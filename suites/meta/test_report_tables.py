@@ -75,7 +75,7 @@ def test_filled_again_changes_nothing(tmp_path: Path) -> None:
         ("<!-- table: none.json: memory -->\n<!-- end of table -->", "cannot read"),
         ("<!-- table: run.json: memory -->\n", "has no <!-- end of table -->"),
     ],
-    ids=["no-table", "no-run", "no-end"],
+    ids=["no-table", "no-column", "no-run", "no-end"],
 )
 def test_what_cannot_be_filled_in(text: str, complaint: str, tmp_path: Path) -> None:
     """A table that does not exist is an error of one line, and the README stays as it was."""
