@@ -2,7 +2,7 @@
 
 A README says where a table comes from, between two comments, and ``python -m reports readme README.md`` fills it in::
 
-    <!-- table: reports/measured/h200.json: memory: what, bytes -->
+    <!-- table: reports/measured/h200.json: memory: what | bytes -->
     <!-- end of table -->
 
 Of several tables of that title (one per target) it shows all rows; of the columns those that are named, or all.
@@ -75,7 +75,7 @@ def filled(text: str, folder: Path) -> str:
     def fill(place: re.Match[str]) -> str:
         table = merged(store.load(folder / place["file"]), place["title"])
         if place["columns"]:
-            table = narrowed(table, [column.strip() for column in place["columns"].split(",")])
+            table = narrowed(table, [column.strip() for column in place["columns"].split("|")])
         return f"{place['begin']}\n{markdown(table)}\n{place['end']}"
 
     return _PLACE.sub(fill, text)

@@ -16,7 +16,7 @@ import pytest
 
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
-from fixtures.engines import conditions, process
+from fixtures.engines import conditions, ports, process
 from fixtures.engines.kernels import force, identified
 from fixtures.engines.process import EngineError
 from fixtures.engines.server import Server, Serving, arguments, config_overrides, post, start_server
@@ -315,3 +315,17 @@ def test_everything_ends_with_the_interpreter(tiny_reference: Checkpoint, tmp_pa
     pids = server.pids()
     process.close_all()
     assert gone(pids)
+
+
+def test_ports_are_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that start side by side get ports of their own, and engines places of their own to look for more."""
+    taken = [ports.take() for _ in range(50)]
+    inner = [ports.inner() for _ in range(50)]
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    other_worker = [ports.inner() for _ in range(50)]
+    for port in taken:
+        ports.give_back(port)
+    assert len(set(taken)) == 50
+    assert len(set(inner)) == 50
+    assert not set(inner) & set(other_worker)
+    assert all(1024 < port < 32768 for port in (*inner, *other_worker))
