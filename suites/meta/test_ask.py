@@ -387,14 +387,22 @@ def test_interrupt(tmp_path: Path) -> None:
     image = tmp_path / "never.png"
     os.mkfifo(image)
     command = [sys.executable, "-m", "fixtures.engines", "ask", *MODEL, "--image", str(image), "x"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def heed() -> None:  # whoever runs the tests in the background ignores Ctrl-C, and so would all that they start
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **piped) as process:  # type: ignore[call-overload]
         writer = None
         while writer is None and process.poll() is None:  # until it reads there, for something that never comes
             with suppress(OSError):
                 writer = os.open(image, os.O_WRONLY | os.O_NONBLOCK)
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert writer is not None
     os.close(writer)
     assert (process.returncode, out) == (130, "")
