@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ def reading(requested: int) -> Reading:
 def measured(name: str, of: Ledger) -> Measured:
     """A checkpoint that takes what its ledger says."""
     loaded = reading(of.total)
-    above = 300 * MIB
+    above = 100 * MIB
     peak = Peak(loaded.allocated + above, loaded.reserved + above, loaded.card + 2 * above, 90, 16)
     record = Record(
         Reading(0, 0, 2 * MIB, CONTEXT + 2 * MIB), loaded, of.total, {"image": peak}, card_name="a card", free=80 * GIB
@@ -126,10 +126,32 @@ FAULTS: dict[str, tuple[Fault, set[str]]] = {
     ),
     "no context": (recorded(context=Reading(0, 0, 0, 0)), {CARD}),
     "a context of others' bytes": (recorded(context=Reading(0, 0, 0, 4 * GIB)), {CARD}),
+    "a context that NVML does not count": (
+        lambda one: replace(
+            one,
+            record=replace(
+                one.record,
+                context=replace(one.record.context, card=one.record.context.reserved),
+                loaded=replace(one.record.loaded, card=one.record.loaded.reserved),
+            ),
+        ),
+        {CARD},
+    ),
+    "others' bytes taken for ours all along": (
+        lambda one: replace(
+            one,
+            record=replace(
+                one.record,
+                context=replace(one.record.context, card=one.record.context.card + 4 * GIB),
+                loaded=replace(one.record.loaded, card=one.record.loaded.card + 4 * GIB),
+            ),
+        ),
+        {CARD},
+    ),
     "others came, and only the card is known": (recorded(per_process=False, drift=2 * GIB), {CARD}),
     "others went, and only the card is known": (recorded(per_process=False, drift=-2 * GIB), {CARD}),
     "weights come back while answering": (peak(allocated=REFERENCE.record.peaks["image"].allocated), {PEAK}),
-    "a peak below the weights": (peak(allocated=0), {PEAK}),
+    "a peak below the weights": (lambda one: peak(allocated=one.record.loaded.allocated - MIB)(one), {PEAK}),
     "nothing answered": (peak(new_tokens=0), {PEAK}),
     "not asked in the modality": (recorded(peaks={}), {PEAK}),
     "nothing quantized": (lambda _: replace(REFERENCE, name="artifact"), {REDUCTION, PEAK}),
@@ -164,6 +186,24 @@ def not_held(heard: Mapping[str, Verify]) -> set[str]:
     return {name for name, verify in heard.items() if verify.conclude()}
 
 
+def judged_by(heard: Iterable[Mapping[str, Verify]]) -> set[str]:
+    """All quantities that are held against a bound."""
+    return {m.quantity for said in heard for verify in said.values() for m in verify.measurements if m.bound}
+
+
+def failed_alone(heard: Iterable[Mapping[str, Verify]]) -> set[str]:
+    """The quantities that were once all that failed of their check."""
+    broken = [[m.quantity for m in v.measurements if m.holds is False] for said in heard for v in said.values()]
+    return {quantities[0] for quantities in broken if len(quantities) == 1}
+
+
+def test_every_check_is_asked(selection: Selection) -> None:
+    """There is no check of memory that no fault is planted for."""
+    asked = {*said(GOOD, selection), *said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection)}
+    checks = [name for name in vars(test_memory) if name.startswith("test_")]
+    assert len(asked) == len(checks) == 8
+
+
 def test_good_records_hold(selection: Selection) -> None:
     """Checkpoints that take what their ledgers say pass every check."""
     assert {name: verify.conclude() for name, verify in said(GOOD, selection).items() if verify.conclude()} == {}
@@ -184,16 +224,10 @@ def test_fault_of_the_reference_is_caught(fault: str, selection: Selection) -> N
 
 
 def test_every_quantity_has_a_fault(selection: Selection) -> None:
-    """Every quantity that is judged fails on some planted fault."""
-    judged: set[str] = set()
-    failed: set[str] = set()
-    for plant, _ in FAULTS.values():
-        for verify in said({**GOOD, "artifact": plant(ARTIFACT)}, selection).values():
-            named = [m for m in verify.measurements if m.bound and not m.quantity.startswith("reference")]
-            judged |= {m.quantity for m in named}
-            failed |= {m.quantity for m in named if not m.holds}
-    assert len(judged) > 10
-    assert judged == failed
+    """Every quantity that is judged, of either half, is once all that fails of its check, on some planted fault."""
+    heard = [said({**GOOD, name: plant(GOOD[name])}, selection) for plant, _ in FAULTS.values() for name in GOOD]
+    assert len(judged_by(heard)) == 2 * (2 + 2 + 6 + 2) + 3
+    assert judged_by(heard) - failed_alone(heard) == set()
 
 
 def test_report_keeps_the_table(selection: Selection) -> None:
@@ -229,21 +263,24 @@ SERVED = server("reference", REFERENCE.ledger, 500_000)
 GAINED = (REFERENCE.ledger.total - ARTIFACT.ledger.total) // 36864
 QUANTIZED = replace(server("artifact", ARTIFACT.ledger, 500_000 + GAINED), budget=SERVED.budget)
 IN_VLLM, SERVER, KV = "weights in vLLM", "server", "KV tokens"
-SERVED_FAULTS: dict[str, tuple[dict[str, Any], set[str]]] = {
+SERVED_FAULTS: dict[str, tuple[Callable[[Served], dict[str, Any]], set[str]]] = {
     "16-bit weights kept beside the codes": (
-        {"weights": REFERENCE.weights, "kv_tokens": SERVED.kv_tokens},
+        lambda _: {"weights": REFERENCE.weights, "kv_tokens": SERVED.kv_tokens},
         {IN_VLLM, KV},
     ),
-    "a layer in 16 bits": ({"weights": QUANTIZED.weights + 110 * MIB}, {IN_VLLM}),
-    "a tower not loaded": ({"weights": QUANTIZED.weights - 300 * MIB}, {IN_VLLM}),
-    "memory saved, but not given to the KV cache": ({"kv_tokens": SERVED.kv_tokens}, {KV, SERVER}),
-    "more KV cache than was saved": ({"kv_tokens": SERVED.kv_tokens + 2 * GAINED}, {KV, SERVER}),
-    "NVML without a process of the server's": ({"card": CONTEXT}, {SERVER}),
-    "a leak beside the KV cache": ({"card": QUANTIZED.budget + 8 * GIB}, {SERVER}),
-    "another budget": ({"budget": SERVED.budget + 9 * GIB}, {KV}),
-    "nothing said of the weights": ({"weights": 0}, {IN_VLLM, KV, SERVER}),
-    "nothing said of the KV cache": ({"kv_tokens": 0}, {KV, SERVER}),
-    "NaN": ({"weights": NAN, "kv_tokens": NAN}, {IN_VLLM, KV, SERVER}),
+    "a layer in 16 bits": (lambda one: {"weights": one.weights + 300 * MIB}, {IN_VLLM}),
+    "a tower not loaded": (lambda one: {"weights": one.weights - 300 * MIB}, {IN_VLLM}),
+    "memory saved, but not given to the KV cache": (lambda one: {"kv_tokens": one.kv_tokens - GAINED}, {KV, SERVER}),
+    "more KV cache than was saved": (lambda one: {"kv_tokens": one.kv_tokens + GAINED}, {KV, SERVER}),
+    "NVML without a process of the server's": (lambda _: {"card": CONTEXT}, {SERVER}),
+    "a leak beside the KV cache": (lambda one: {"card": one.budget + 8 * GIB}, {SERVER}),
+    "more taken than the budget": (lambda one: {"budget": one.budget - 2 * GIB}, {SERVER, KV}),
+    "no room for what is held": (lambda one: {"card": None, "budget": one.weights}, {SERVER, KV}),
+    "held of a budget that is not used": (lambda one: {"card": None, "budget": one.budget + 8 * GIB}, {SERVER, KV}),
+    "another budget": (lambda one: {"budget": one.budget + 9 * GIB}, {KV}),
+    "nothing said of the weights": (lambda _: {"weights": 0}, {IN_VLLM, KV, SERVER}),
+    "nothing said of the KV cache": (lambda _: {"kv_tokens": 0}, {KV, SERVER}),
+    "NaN": (lambda _: {"weights": NAN, "kv_tokens": NAN}, {IN_VLLM, KV, SERVER}),
 }
 
 
@@ -270,8 +307,20 @@ def test_good_servers_hold(selection: Selection) -> None:
 def test_fault_of_a_server_is_caught(fault: str, selection: Selection) -> None:
     """Every fault of a server's memory fails the checks it is meant for, and no others."""
     changes, expected = SERVED_FAULTS[fault]
-    served = {"reference": SERVED, "artifact": replace(QUANTIZED, **changes)}
+    served = {"reference": SERVED, "artifact": replace(QUANTIZED, **changes(QUANTIZED))}
     assert not_held(said_of_servers(served, selection)) == expected
+
+
+def test_every_quantity_of_a_server_has_a_fault(selection: Selection) -> None:
+    """Every quantity that is judged of a server, of either, is once all that fails of its check, on some fault."""
+    good = {"reference": SERVED, "artifact": QUANTIZED}
+    heard = [
+        said_of_servers({**good, name: replace(good[name], **changes(good[name]))}, selection)
+        for changes, _ in SERVED_FAULTS.values()
+        for name in good
+    ]
+    assert len(judged_by(heard)) == 2 * (2 + 3) + 3
+    assert judged_by(heard) - failed_alone(heard) == set()
 
 
 def test_budgets_grow_with_the_weights() -> None:

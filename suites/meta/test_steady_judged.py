@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from fixtures.core.codebook import CodebookScheme
+from fixtures.core.measurement import Measurement
 from fixtures.core.pseudo_quantize import Scheme
+from fixtures.engines.loading import load_model
 from fixtures.formats import awq_gemm, bnb_4bit
 from fixtures.options import Selection
 from suites import test_steady
@@ -30,63 +36,119 @@ class Once:
         return work()
 
 
-def holds(check: Callable[..., None], selection: Selection) -> bool:
-    """Whether a benchmark's result is what it should be."""
+def judged_by(check: Callable[..., None], selection: Selection) -> Measurement:
+    """The one thing that a benchmark judges: its result."""
     verify, once = listener(), Once()
     wanted = check.__code__.co_varnames[: check.__code__.co_argcount]
     given = {"device": "cpu", "benchmark": once, "verify": verify, "limits": selection.limits}
     check(**{name: given[name] for name in wanted})
     assert once.extra_info["bytes"] > 0
     (judged,) = [m for m in verify.measurements if m.bound is not None]
-    return bool(judged.holds)
+    return judged
 
 
-CHECKS = (
-    test_steady.test_packing,
-    test_steady.test_dequantization_awq,
-    test_steady.test_dequantization_nf4,
-    test_steady.test_decode_step,
-)
+CHECKS = tuple(check for name, check in vars(test_steady).items() if name.startswith("test_"))
+Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_good_results_hold(check: Callable[..., None], selection: Selection) -> None:
-    """Each benchmark's result is right as the project stands, and says what it read."""
-    assert holds(check, selection)
-
-
-def test_wrong_order_of_nibbles(monkeypatch: pytest.MonkeyPatch, selection: Selection) -> None:
-    """Codes packed in plain order are caught."""
+def nibbles_in_plain_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes packed in plain order."""
     monkeypatch.setattr(awq_gemm, "NIBBLE_ORDER", tuple(range(8)))
-    assert not holds(test_steady.test_packing, selection)
 
 
-def test_wrong_zero_points(monkeypatch: pytest.MonkeyPatch, selection: Selection) -> None:
-    """Zero points off by one, as another layout has them, are caught."""
+def words_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes packed a word too far to the right."""
+    pack = awq_gemm.pack
+    monkeypatch.setattr(awq_gemm, "pack", lambda codes: pack(codes).roll(1, dims=1))
+
+
+def awq_decoded_with(monkeypatch: pytest.MonkeyPatch, part: str, change: Callable[[Tensor], Tensor]) -> None:
+    """AWQ's words decoded, and the codes, scales or zero points then changed."""
     decode = awq_gemm.decode
 
-    def off_by_one(parts: dict[str, Tensor], scheme: Scheme) -> Any:
-        found = decode(parts, scheme)
-        return type(found)(found.codes, found.scales, found.zeros + 1, found.scheme)
+    def wrong(parts: dict[str, Tensor], scheme: Scheme) -> Any:
+        found: Any = decode(parts, scheme)
+        return dataclasses.replace(found, **{part: change(getattr(found, part))})
 
-    monkeypatch.setattr(awq_gemm, "decode", off_by_one)
-    assert not holds(test_steady.test_dequantization_awq, selection)
+    monkeypatch.setattr(awq_gemm, "decode", wrong)
 
 
-def test_wrong_half_of_a_byte(monkeypatch: pytest.MonkeyPatch, selection: Selection) -> None:
-    """The low nibble read first is caught."""
+def zeros_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero points as another layout has them."""
+    awq_decoded_with(monkeypatch, "zeros", lambda zeros: zeros + 1)
+
+
+def scales_of_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that belong to another output."""
+    awq_decoded_with(monkeypatch, "scales", lambda scales: scales.roll(1, 0))
+
+
+def scale_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that are no numbers, of one output."""
+    awq_decoded_with(monkeypatch, "scales", lambda scales: scales.index_fill(0, torch.tensor([3]), math.nan))
+
+
+def low_nibble_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The low half of a byte read first."""
 
     def low_first(words: Tensor) -> Tensor:
         flat = words.reshape(-1)
         return torch.stack([flat & 15, flat >> 4], dim=1).reshape(-1).to(torch.int16)
 
     monkeypatch.setattr(bnb_4bit, "unpack", low_first)
-    assert not holds(test_steady.test_dequantization_nf4, selection)
 
 
-def test_a_cache_that_grows(monkeypatch: pytest.MonkeyPatch, selection: Selection) -> None:
-    """A step that leaves its token in the cache, so that the next one is another step, is caught."""
-    from transformers import DynamicCache
+def table_of_fp4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NF4's codes decoded by FP4's table."""
+    monkeypatch.setattr(test_steady, "CodebookScheme", lambda _, block: CodebookScheme("fp4", block))
 
+
+def another_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that answers for a token that it was not given."""
+    monkeypatch.setattr(test_steady, "load_model", lambda *_: Swapped(load_model(*_)))
+
+
+class Swapped:
+    """A model that takes a single token for the next one of the vocabulary."""
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = model.parameters
+        self.model = model
+
+    def __call__(self, tokens: Tensor, **options: Any) -> Any:
+        """The model's answer to what it took."""
+        return self.model(tokens + (tokens.shape[1] == 1), **options)
+
+
+def cache_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that leaves its token in the cache, so that the next one is another step."""
     monkeypatch.setattr(DynamicCache, "crop", lambda cache, length: None)
-    assert not holds(test_steady.test_decode_step, selection)
+
+
+PLANTED: list[tuple[Callable[..., None], Plant]] = [
+    (test_steady.test_packing, nibbles_in_plain_order),
+    (test_steady.test_packing, words_shifted),
+    (test_steady.test_dequantization_awq, zeros_off_by_one),
+    (test_steady.test_dequantization_awq, scales_of_the_next_row),
+    (test_steady.test_dequantization_awq, scale_of_nan),
+    (test_steady.test_dequantization_nf4, low_nibble_first),
+    (test_steady.test_dequantization_nf4, table_of_fp4),
+    (test_steady.test_decode_step, cache_that_grows),
+    (test_steady.test_decode_step, another_token),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_good_results_hold(check: Callable[..., None], selection: Selection) -> None:
+    """Each benchmark's result is right as the project stands, says what it read, and has a planted fault."""
+    assert judged_by(check, selection).holds
+    assert check in [planted for planted, _ in PLANTED]
+
+
+@pytest.mark.parametrize(("check", "plant"), PLANTED)
+def test_wrong_results_do_not_hold(
+    check: Callable[..., None], plant: Plant, monkeypatch: pytest.MonkeyPatch, selection: Selection
+) -> None:
+    """Each fault makes the result of its benchmark wrong."""
+    plant(monkeypatch)
+    assert judged_by(check, selection).holds is False

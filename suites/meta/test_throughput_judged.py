@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from suites import test_throughput
 from suites.meta.answering import listener
 
 CLAIM = Target("qwen2_5_vl", "7b", "rtn")  # where +32 % are claimed
-FLOOR = Target("qwen2_5_vl", "3b", "rtn")  # where no gain is expected
+FLOOR = Target("qwen2_5_vl", "own", "rtn")  # where no gain is expected
 NAMES = ("fp16", "machete", "marlin")
 KERNELS = {name: (name,) for name in NAMES}
 Change = Callable[[Round], Round | None]
@@ -370,6 +371,111 @@ def test_an_impossible_step_is_caught(selection: Selection) -> None:
     verify = listener()
     test_throughput.bounded(recorded(SINGLE_STREAM, {**GOOD_STEPS, "marlin": 5e-4}), lines, most, verify)
     assert [m.holds for m in verify.measurements if m.bound] == [True, True, False]
+
+
+# Every quantity of every check
+
+
+def fewer(what: Recorded) -> Recorded:
+    """Without the last round of every condition."""
+    last = max(one.number for one in what.rounds)
+    return dataclasses.replace(what, rounds=tuple(one for one in what.rounds if one.number != last))
+
+
+def lost(what: Recorded) -> Recorded:
+    """With a request of one round of the last condition that failed."""
+    return changed(first(lambda t: dataclasses.replace(t, error="HTTP 500: oops")), what, what.conditions[-1])
+
+
+def busy(what: Recorded) -> Recorded:
+    """With one round in which the generator's core was never idle."""
+    return changed(lambda one: dataclasses.replace(one, busy=0.99) if one.number == 2 else one, what, what.base)
+
+
+def late(what: Recorded) -> Recorded:
+    """With quantized first tokens that come much later after the same arrival, and all others as they did."""
+
+    def wait(timing: Timing) -> Timing:
+        return dataclasses.replace(timing, arrived=timing.arrived - 0.02)
+
+    for condition in what.others:
+        what = changed(each(wait), what, condition)
+    return what
+
+
+def steps(**times: float) -> Recorded:
+    """Good rounds, but for the times per token of some conditions."""
+    return recorded(SINGLE_STREAM, {**GOOD_STEPS, **times})
+
+
+SOUND = (
+    ("rounds counted, fewest of a condition", fewer),
+    ("requests that are no measurement", lost),
+    ("load generator, busiest", busy),
+)
+SLOW = {"machete": 9e-3, "marlin": 9e-3}
+ANOTHER_KERNEL = dataclasses.replace(good(), kernels={**KERNELS, "machete": ("marlin",)})
+APART = {"throughput together, of one by one, lower end", "time to first token together, of one by one, upper end"}
+TOGETHER_GOOD = arrivals((3e-3, 4e-3), 0)
+OF_A_STEP = "of a decode step by {}, the time to read its weights"
+# check, what it is asked of, and exactly what must not hold, by whichever kernel
+PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
+    *((test_throughput.test_throughput, fault(good()), {quantity}) for quantity, fault in SOUND),
+    (test_throughput.test_throughput, ANOTHER_KERNEL, {"conditions on another kernel"}),
+    (test_throughput.test_throughput, steps(**SLOW), {"throughput, of FP16's, lower end"}),
+    *((test_throughput.test_latency, fault(good()), {quantity}) for quantity, fault in SOUND),
+    (test_throughput.test_latency, ANOTHER_KERNEL, {"conditions on another kernel"}),
+    (test_throughput.test_latency, late(good()), {"median time to first token, of FP16's, upper end"}),
+    (
+        test_throughput.test_latency,
+        changed(each(lambda t: dataclasses.replace(t, arrived=-0.05)), steps(**SLOW), "fp16"),
+        {"median inter-token latency, of FP16's, upper end"},
+    ),
+    (test_throughput.test_concurrent_serving, fewer(TOGETHER_GOOD), {SOUND[0][0]}),
+    # whatever is lost here leaves no ratio, for there is but one condition beside the base
+    (test_throughput.test_concurrent_serving, lost(TOGETHER_GOOD), {SOUND[1][0], *APART}),
+    (test_throughput.test_concurrent_serving, busy(TOGETHER_GOOD), {SOUND[2][0]}),
+    (test_throughput.test_concurrent_serving, arrivals((3e-3, 30e-3), 0), {min(APART)}),
+    (test_throughput.test_concurrent_serving, arrivals((3e-3, 1e-3), 33e-3), {max(APART)}),
+    *(
+        (test_throughput.test_step, steps(**{name: 5e-4 if name != "fp16" else 2e-3}), {OF_A_STEP.format(name)})
+        for name in NAMES
+    ),
+]
+
+
+def heard(
+    check: Callable[..., None], what: Recorded, selection: Selection, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, bool]:
+    """Whether what a check judges holds, by quantity, without the name of the best kernel."""
+    monkeypatch.setattr(test_throughput, "decode_bytes", lambda checkpoint, _: checkpoint)
+    verify = listener()
+    given: dict[str, Any] = {"contest": contest_of(what), "target": FLOOR, "regime": what.regime, "verify": verify}
+    given |= {"limits": selection.limits, "reference": 14 << 30, "artifact": 5 << 30, "adapter": None}
+    given |= {"bandwidth": 4.3e12}
+    check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
+    judged = [m for m in verify.measurements if m.bound]
+    return {re.sub(r" by \w+, of FP16's", ", of FP16's", m.quantity): bool(m.holds) for m in judged}
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: f"{planted[0].__name__}: {' and '.join(planted[2])}")
+def test_fault_fails_what_it_is_for(
+    planted: tuple[Callable[..., None], Recorded, set[str]], selection: Selection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every planted fault fails the quantity that it is for, and no other of its check."""
+    check, what, expected = planted
+    assert {quantity for quantity, holds in heard(check, what, selection, monkeypatch).items() if not holds} == expected
+
+
+def test_every_quantity_has_a_fault(selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good rounds hold in every check there is, and every quantity that is judged of them has a planted fault."""
+    checks = {check for name, check in vars(test_throughput).items() if name.startswith("test_")}
+    assert checks == {check for check, _, _ in PLANTED}
+    for check in checks:
+        what = TOGETHER_GOOD if check is test_throughput.test_concurrent_serving else good()
+        judged = heard(check, what, selection, monkeypatch)
+        assert [quantity for quantity, holds in judged.items() if not holds] == []
+        assert judged.keys() == {quantity for of, _, expected in PLANTED if of is check for quantity in expected}
 
 
 def test_limits_are_there_for_every_case(selection: Selection) -> None:

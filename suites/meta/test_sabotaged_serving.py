@@ -1,0 +1,359 @@
+"""Every quantity that the serving checks judge fails, alone, on a fault of an engine or a server; a sound one holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fixtures.core.samples import Sample
+from fixtures.core.targets import Target
+from fixtures.engines.bad_requests import Refusal, lost_bytes
+from fixtures.engines.offline import Recorded
+from fixtures.engines.replies import Reply, Taught
+from fixtures.engines.vllm_logs import Started
+from fixtures.meters import nvml
+from fixtures.options import Selection
+from suites import test_serving
+from suites.meta.answering import listener
+from suites.meta.test_serving_sabotage import END, LOGPROBS, NOISE, UNKNOWN, reply
+
+ANSWERS = 40
+RIGHT = (1, 2, 3, 1, 2, END)
+TIE = (1, 2, 3, 1, 1, END)  # the other of two tokens that are as likely
+WRONG = (1, 2, 7, END)
+MIB = 1 << 20
+Said = Callable[[int], tuple[int, ...]]  # number of an answer -> its tokens
+Check = Callable[..., None]
+
+
+def disturbed(logprobs: Tensor, by: float, seed: int = 1) -> Tensor:
+    """Distributions, moved a little."""
+    return (logprobs + by * torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
+
+
+QUANTIZED = disturbed(LOGPROBS, 0.02)
+
+
+def answered(sample: str, said: tuple[int, ...]) -> Reply:
+    """A reply; only who says 7 finds it likely."""
+    return reply(*said, sample=sample, top=UNKNOWN if 7 in said else None)
+
+
+def greedy(said: Said = lambda _: RIGHT) -> list[Reply]:
+    """What an engine answers to all samples."""
+    return [answered(f"s{number}", said(number)) for number in range(ANSWERS)]
+
+
+def recording(logprobs: Tensor, seed: int, kernel: str = "machete") -> Recorded:
+    """What vLLM replies under one condition, noise included."""
+    taught = [Taught("s", (0,), disturbed(logprobs, 1e-3, seed))]
+    alone = [Taught("s", (0,), disturbed(taught[0].logprobs, 1e-3, seed + 1))]
+    return Recorded(
+        Started(1.0, 1, 1, (kernel,)),
+        {"text": greedy(), "alone": greedy()[: test_serving.ALONE]},
+        {"text-taught": taught, "alone-taught": alone},
+    )
+
+
+@dataclass
+class Served:
+    """A server as the checks see it, and what they did to it."""
+
+    model: str = "fake"
+    says: Callable[[str, int, int], tuple[int, ...]] = lambda sample, turn, at_once: RIGHT
+    refuses: Callable[[str], Refusal] = lambda kind: Refusal(kind, 400, "what was asked is wrong")
+    lost: int = 0  # bytes, with every bad request
+    dead: bool = False
+    turns: int = 0
+    refused: int = 0
+    hung_up: int = 0
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return not self.dead
+
+    def used(self) -> int:
+        """Bytes of the card."""
+        return 1000 * MIB + self.lost * (self.refused + self.hung_up)
+
+
+@dataclass
+class World:
+    """All that a check of serving looks at; sound, until something is broken."""
+
+    artifact: dict[str, Recorded] = field(
+        default_factory=lambda: {
+            name: recording(QUANTIZED, 10 * seed, "marlin" if name == "marlin" else "machete")
+            for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel"), 1)
+        }
+    )
+    reference: dict[str, Recorded] = field(
+        default_factory=lambda: {
+            name: recording(LOGPROBS, 100 * seed, "fp16")
+            for seed, name in enumerate(("eager", "graphs", "parallel"), 1)
+        }
+    )
+    exactly: dict[str, Tensor] = field(default_factory=lambda: {"reference": LOGPROBS, "artifact": QUANTIZED})
+    transformers: Said = lambda _: RIGHT
+    floor: float = NOISE
+    server: Served = field(default_factory=Served)
+
+    def exact(self, checkpoint: str, *_: object) -> tuple[list[Reply], list[Taught]]:
+        """What transformers says."""
+        return greedy(self.transformers), [Taught("s", (0,), self.exactly[checkpoint])]
+
+    def ask(self, server: Served, sample: Sample, *_: object, at_once: int = 1) -> Reply:
+        """One answer of the server."""
+        server.turns += 1
+        return answered(sample.id, server.says(sample.id, server.turns, at_once))
+
+    def ask_all(self, server: Served, samples: Sequence[Sample], *_: object, at_once: int = 1) -> list[Reply]:
+        """Its answers to several."""
+        return [self.ask(server, sample, at_once=at_once) for sample in samples]
+
+    def refuse(self, server: Served, kind: str, _: object) -> Refusal:
+        """How it takes a bad request."""
+        server.refused += 1
+        return server.refuses(kind)
+
+    def hang_up(self, server: Served, _: object) -> int:
+        """A client that goes away."""
+        server.hung_up += 1
+        return 1
+
+
+def samples(modality: str) -> list[Sample]:
+    """Samples that show a picture each, and ask something."""
+    content = ({"type": "image", "image": None}, {"type": "text", "text": "?"})
+    return [Sample(f"s{number}", modality, content, "!") for number in range(16)]
+
+
+def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, bool]:
+    """Whether what a check judges holds, by quantity."""
+    bad = SimpleNamespace(
+        bad_requests=lambda *_, **__: {f"bad {number}": {} for number in range(10)},
+        chat_request=lambda *_, **__: {},
+        refused=world.refuse,
+        hang_up=world.hang_up,
+        lost_bytes=lost_bytes,
+    )
+    replies = lambda _, asked, *__: [  # noqa: E731 - one expression, as transformers' own
+        answered(one.id, world.transformers(number)) for number, one in enumerate(asked)
+    ]
+    for name, stand_in in {
+        "ask": world.ask,
+        "ask_all": world.ask_all,
+        "load_processor": lambda _: None,
+        "used_bytes": Served.used,
+        "bad_requests": bad,
+        "replies": replies,
+    }.items():
+        monkeypatch.setattr(test_serving, name, stand_in)
+    verify = listener()
+
+    class Exact:
+        __call__ = staticmethod(world.exact)
+        engine = staticmethod(lambda *_: None)
+
+    given: dict[str, Any] = {
+        "artifact_recorded": world.artifact.__getitem__,
+        "reference_recorded": world.reference.__getitem__,
+        "artifact": "artifact",
+        "reference": "reference",
+        "adapter": SimpleNamespace(modalities=("text",)),
+        "exact": Exact(),
+        "noise": lambda _: world.floor,
+        "modality": "text",
+        "kernel": "marlin",
+        "target": Target("qwen2_5_vl", "tiny", "awq"),
+        "selection": SimpleNamespace(modalities_of=lambda _: ["text"]),
+        "server": world.server,
+        "asked": samples("text")[: test_serving.ASKED],
+        "served_samples": samples,
+        "count": 2,
+        "limits": selection.limits,
+        "verify": verify,
+    }
+    check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
+    return {m.quantity: bool(m.holds) for m in verify.measurements if m.bound}
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def conditions(*names: str, said: Said | None = None, logprobs: Tensor | None = None, alone: bool = False) -> Any:
+    """Some of the artifact's conditions answer otherwise, or give other distributions."""
+
+    def fault(world: World) -> None:
+        for name in names:
+            one = world.artifact[name]
+            key = "alone" if alone else "text"
+            if said:
+                replies = [answered(r.sample, said(n)) for n, r in enumerate(one.greedy[key])]
+                one = replace(one, greedy={**one.greedy, key: replies})
+            if logprobs is not None:
+                one = replace(one, taught={**one.taught, f"{key}-taught": [Taught("s", (0,), logprobs)]})
+            world.artifact[name] = one
+
+    return fault
+
+
+def references(said: Said) -> Any:
+    """The reference is answered otherwise by vLLM."""
+
+    def fault(world: World) -> None:
+        world.reference["graphs"] = replace(world.reference["graphs"], greedy={"text": greedy(said)})
+
+    return fault
+
+
+def serves(**changes: Any) -> Any:
+    """The server does otherwise."""
+    return lambda world: vars(world.server).update(changes)
+
+
+def all_short(world: World) -> None:
+    """Every engine answers with one token: what is compared is nearly nothing."""
+    world.transformers = lambda _: (END,)
+    world.server.says = lambda *_: (END,)
+    references(world.transformers)(world)
+    conditions(*world.artifact, said=world.transformers)(world)
+
+
+def kernel_unnamed(world: World) -> None:
+    """Marlin was forced, and a fallback taken."""
+    world.artifact["marlin"] = replace(world.artifact["marlin"], started=Started(1.0, 1, 1, ("marlin", "awq")))
+
+
+def high_floor(world: World) -> None:
+    """A noise floor that would excuse anything."""
+    world.floor = 1e-2
+
+
+def kind_of(refusal: Refusal) -> Callable[[str], Refusal]:
+    """One kind of bad request is taken another way."""
+    return lambda kind: refusal if kind == "bad 7" else Refusal(kind, 400, "what was asked is wrong")
+
+
+def number_of(sample: str) -> int:
+    """``2 images: s7, again`` -> 7."""
+    return int(sample.partition(",")[0].rpartition("s")[2])
+
+
+ONE_WRONG: Said = lambda number: WRONG if number == 3 else RIGHT  # noqa: E731 - a value beside its peers
+MANY_TIES: Said = lambda number: TIE if number % 8 > 2 else RIGHT  # noqa: E731
+OFF = disturbed(QUANTIZED, 0.05)  # a layer's scales off
+DIVERGED, SAME, TOKENS = "divergences that are no near tie", "same answers", "tokens compared"
+KL = "KL of {} to {}, of the noise floor"
+ALONE = "KL of prompts alone, of the noise floor"
+FURTHER = "distance to FP16, of what weights and kernel add up to"
+NEARER = "distance to FP16 and kernel, of what the weights make it"
+TWICE = disturbed(LOGPROBS, 0.04)
+HALF = disturbed(LOGPROBS, 0.01)
+
+
+def of_server(said: Said, *, together: bool = False) -> Any:
+    """The server answers some samples otherwise; ``together``: only where it is asked several at once."""
+    return serves(says=lambda sample, turn, at_once: said(number_of(sample)) if at_once > 1 or not together else RIGHT)
+
+
+s = test_serving
+# check, what is broken, and exactly what must not hold
+PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
+    "a wrong answer": (s.test_answers_of_transformers, conditions("graphs", said=ONE_WRONG), DIVERGED),
+    "near ties": (s.test_answers_of_transformers, conditions("graphs", said=MANY_TIES), SAME),
+    "short answers": (s.test_answers_of_transformers, all_short, TOKENS),
+    "the reference: a wrong answer": (s.test_reference_answers_of_transformers, references(ONE_WRONG), DIVERGED),
+    "the reference: near ties": (s.test_reference_answers_of_transformers, references(MANY_TIES), SAME),
+    "the reference: short answers": (s.test_reference_answers_of_transformers, all_short, TOKENS),
+    "the server: a wrong answer": (s.test_server_answers, of_server(ONE_WRONG), DIVERGED),
+    "the server: near ties": (s.test_server_answers, of_server(MANY_TIES), SAME),
+    "the server: short answers": (s.test_server_answers, all_short, TOKENS),
+    "at once: a wrong answer": (s.test_several_at_once, of_server(ONE_WRONG, together=True), DIVERGED),
+    "at once: near ties": (s.test_several_at_once, of_server(MANY_TIES, together=True), SAME),
+    "at once: short answers": (s.test_several_at_once, all_short, TOKENS),
+    "several images: a wrong answer": (s.test_several_images, of_server(ONE_WRONG), DIVERGED),
+    "several images: near ties": (s.test_several_images, of_server(lambda n: TIE if n % 8 > 1 else RIGHT), SAME),
+    "several images: short answers": (s.test_several_images, all_short, TOKENS),
+    "twice the error": (s.test_kl_against_fp16, conditions("decoded", "graphs", logprobs=TWICE), FURTHER),
+    "half the error": (s.test_kl_against_fp16, conditions("decoded", "graphs", logprobs=HALF), NEARER),
+    "a floor that excuses": (s.test_kernel_computes_what_is_stored, high_floor, "noise floor"),
+    "a kernel off": (
+        s.test_kernel_computes_what_is_stored,
+        conditions("eager", logprobs=OFF),
+        KL.format("eager", "decoded"),
+    ),
+    "graphs off": (s.test_graphs_are_eager, conditions("graphs", logprobs=OFF), KL.format("graphs", "eager")),
+    "graphs that answer otherwise": (s.test_graphs_are_eager, conditions("graphs", said=ONE_WRONG), DIVERGED),
+    "Marlin off": (s.test_kernels_agree, conditions("marlin", logprobs=OFF), KL.format("marlin", "eager")),
+    "a fallback": (s.test_kernels_agree, kernel_unnamed, "kernels other than asked for"),
+    "alone off": (s.test_alone_is_together, conditions("eager", logprobs=OFF, alone=True), ALONE),
+    "alone another answer": (s.test_alone_is_together, conditions("eager", said=ONE_WRONG, alone=True), DIVERGED),
+    "two GPUs off": (s.test_tensor_parallel, conditions("parallel", logprobs=OFF), KL.format("parallel", "eager")),
+    "a 500": (
+        s.test_bad_requests,
+        serves(refuses=kind_of(Refusal("bad 7", 500, "boom"))),
+        "bad requests without a clean refusal",
+    ),
+    "an answer as if nothing were wrong": (
+        s.test_bad_requests,
+        serves(refuses=kind_of(Refusal("bad 7", 200, "fine"))),
+        "bad requests without a clean refusal",
+    ),
+    "other answers after a bad request": (
+        s.test_bad_requests,
+        serves(says=lambda sample, turn, at_once: WRONG if turn == 11 else RIGHT),
+        "answers that changed after one",
+    ),
+    "a leak": (s.test_nothing_is_lost, serves(lost=MIB), "memory lost"),
+    "other answers in the end": (
+        s.test_nothing_is_lost,
+        serves(says=lambda sample, turn, at_once: WRONG if turn > 1 else RIGHT),
+        "answers that changed",
+    ),
+    "a server that is gone": (s.test_nothing_is_lost, serves(dead=True), "alive"),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_fault_fails_what_it_is_for(fault: str, selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every planted fault fails the quantity that it is for, and no other of its check."""
+    check, plant, quantity = PLANTED[fault]
+    world = World()
+    plant(world)
+    said = heard(check, world, selection, monkeypatch)
+    assert [one for one, holds in said.items() if not holds] == [quantity]
+
+
+def test_every_quantity_has_a_fault(selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sound engines hold in every check there is, and every quantity that is judged of them has a planted fault."""
+    checks = {check for name, check in vars(test_serving).items() if name.startswith("test_")}
+    assert checks == {check for check, _, _ in PLANTED.values()}
+    for check in checks:
+        said = heard(check, World(), selection, monkeypatch)
+        assert [quantity for quantity, holds in said.items() if not holds] == []
+        assert said.keys() == {quantity for planted, _, quantity in PLANTED.values() if planted is check}
+
+
+def test_two_hundred_bad_requests(selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server must survive two hundred bad requests after a warm-up; every fourth is a client that hangs up."""
+    world = World()
+    heard(test_serving.test_nothing_is_lost, world, selection, monkeypatch)
+    warm_up = 2 * 10
+    assert world.server.refused + world.server.hung_up == warm_up + 200
+    assert world.server.hung_up == warm_up // 4 + 50
+
+
+@pytest.mark.parametrize(("own", "used"), [(7, 7), (0, 0), (None, 99)])
+def test_bytes_of_a_server(own: int | None, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's memory is its processes'; only where the driver does not tell, the card's."""
+    monkeypatch.setattr(nvml, "process_bytes", lambda _: own)
+    monkeypatch.setattr(nvml, "card", lambda: nvml.Card("a card", "1", 100, 99))
+    server: Any = SimpleNamespace(pids=frozenset)
+    assert test_serving.used_bytes(server) == used
