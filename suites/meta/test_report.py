@@ -60,6 +60,23 @@ class Page(HTMLParser):
         return [value for key, value in self.attributes if key == name]
 
 
+@pytest.mark.parametrize(
+    ("test_id", "case"),
+    [
+        ("suites/test_a.py::test_b[qwen2_5_vl-tiny-awq-batch_8]", "batch_8"),
+        ("suites/test_a.py::test_b[qwen2_5_vl-tiny-awq-text-marlin]", "text-marlin"),
+        ("suites/test_a.py::test_b[cuda-qwen2_5_vl-tiny-awq]", "cuda"),
+        ("suites/test_a.py::test_b[qwen2_5_vl-tiny-awq]", ""),
+        ("suites/test_a.py::test_b", ""),
+    ],
+)
+def test_case_tells_tests_of_one_check_apart(test_id, case):
+    """What a check was parametrized with beside its target tells its rows on the page apart."""
+    assert result(id=test_id).case == case
+    page = render(Run({}, (result(id=test_id, requirement="It is fast."),)))
+    assert (f'<span class="modality">{case}</span>' in page) == bool(case)
+
+
 # On disk
 
 
