@@ -42,10 +42,11 @@ def test_no_copy_beside_the_codes(memory: Mapping[str, Measured], limits: Limits
     """Loading asks for the weights and nothing else: not even one weight stays in 16 bits beside its codes."""
     limit = limits("memory.unexplained_mib")
     for name, one in memory.items():
-        smallest = f"a 16-bit copy of the smallest coded weight takes {4 * one.ledger.smallest_coded / MIB:.3g} MiB"
+        copy = 4 * one.ledger.smallest_coded / MIB
+        smallest = f"; a 16-bit copy of the smallest coded weight takes {copy:.3g} MiB" if copy else ""
         beyond = f"{one.beyond_model / MIB:.3g} MiB of it belong to no tensor of the model"
         measured = one.unexplained / MIB if one.weights > 0 and one.record.in_model > 0 else None
-        verify(f"{name}: asked for beyond the ledger", measured, "MiB", at_most=limit, detail=f"{beyond}; {smallest}")
+        verify(f"{name}: asked for beyond the ledger", measured, "MiB", at_most=limit, detail=beyond + smallest)
         verify(f"{name}: asked for beyond the ledger, at least", measured, "MiB", at_least=-limit)
 
 
@@ -54,7 +55,8 @@ def test_allocator_within_the_card(memory: Mapping[str, Measured], limits: Limit
     for name, one in memory.items():
         context, loaded = one.record.context, one.record.loaded
         kept = loaded.allocated > 0
-        verify(f"{name}: reserved beyond allocated", loaded.reserved - loaded.allocated if kept else None, at_least=0)
+        unused = (loaded.reserved - loaded.allocated) / MIB if kept else None
+        verify(f"{name}: reserved beyond allocated", unused, "MiB", at_least=0)
         verify(f"{name}: CUDA context", context.outside / MIB, "MiB", at_least=limits("memory.smallest_context_mib"))
         verify(f"{name}: CUDA context, at most", context.outside / MIB, "MiB", at_most=limits("memory.context_mib"))
         # NVML - reserved, with the context taken off: libraries and kernels that loading brought in
