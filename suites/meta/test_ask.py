@@ -295,7 +295,7 @@ def test_compares_two(
     decode = good.processor.tokenizer.decode
     assert lines[4] == (
         f"first different at token {place + 1}: {decode([left[place]])!r} and {decode([right[place]])!r}; "
-        f"the {place} before it are the same"
+        f"same before it: {place}"
     )
     assert err.count("tokens/s, first token") == 2
     assert "of the first's speed" in err
