@@ -240,7 +240,9 @@ def test_sixteen_bits_on_a_gpu() -> None:
 
     def computed(device: str, **tensors: tuple[str, int]) -> torch.dtype:
         infos = {name: TensorInfo(dtype, (count,), "model.safetensors") for name, (dtype, count) in tensors.items()}
-        return compute_dtype(SimpleNamespace(tensors=infos), device)  # type: ignore[arg-type]
+        checkpoint = Checkpoint(shipped("qwen2_5_vl-tiny"))
+        checkpoint.tensors = infos
+        return compute_dtype(checkpoint, device)
 
     codes = {f"codes{number}": ("I32", 10**9) for number in range(3)}
     awq = {**codes, "scales": ("F16", 10**7), "embedding": ("BF16", 10**8)}
