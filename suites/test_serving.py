@@ -144,11 +144,12 @@ def test_kl_against_fp16(
 
 
 def test_kernel_computes_what_is_stored(
-    artifact_recorded: Recordings, noise: NoiseOf, modality: str, limits: Limits, verify: Verify
+    artifact_recorded: Recordings, noise: NoiseOf, target: Target, modality: str, limits: Limits, verify: Verify
 ) -> None:
     """The kernel's distributions are those of the weights as we decode them, served in float16."""
     verify("noise floor", noise(modality), "nats", at_most=limits("serving.noise_floor"))
-    hold(verify, artifact_recorded, ("decoded", "eager"), noise(modality), modality, limits("serving.of_kernels"))
+    limit = limits("serving.of_kernels", target.quantizer)
+    hold(verify, artifact_recorded, ("decoded", "eager"), noise(modality), modality, limit)
 
 
 def test_graphs_are_eager(
@@ -164,12 +165,19 @@ def test_graphs_are_eager(
 @pytest.mark.several_kernels
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_agree(
-    artifact_recorded: Recordings, noise: NoiseOf, kernel: str, modality: str, limits: Limits, verify: Verify
+    artifact_recorded: Recordings,
+    noise: NoiseOf,
+    target: Target,
+    kernel: str,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
 ) -> None:
     """VLLM's own choice, Marlin and AWQ's plain kernel compute the same, and each is the one that was asked for."""
     named = artifact_recorded(kernel).started.kernels
     verify.none_of("kernels other than asked for", sorted(set(named) - {kernel}), among=len(named))
-    hold(verify, artifact_recorded, ("eager", kernel), noise(modality), modality, limits("serving.of_kernels"))
+    limit = limits("serving.of_kernels", target.quantizer)
+    hold(verify, artifact_recorded, ("eager", kernel), noise(modality), modality, limit)
 
 
 def test_alone_is_together(

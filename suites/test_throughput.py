@@ -32,7 +32,7 @@ def test_throughput(contest: Contest, target: Target, regime: Regime, limits: Li
     recorded = contest(regime)
 
     sound(recorded, contest, limits, verify)
-    faster(recorded, limits("throughput.ratio", target.weights, target.quantizer, regime.name), verify)
+    faster(recorded, limits("throughput.ratio", contest.weights_of(target), target.quantizer, regime.name), verify)
     if (strangers := contest.others.get(regime.name)) is not None:
         verify.note("memory that strangers hold on the card", strangers / 1e9, "GB")
 
@@ -41,7 +41,7 @@ def test_throughput(contest: Contest, target: Target, regime: Regime, limits: Li
 def test_latency(contest: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
     """Streamed, the artifact's first token and those after it keep nobody waiting much longer than FP16's do."""
     recorded = contest(regime)
-    case = (target.weights, target.quantizer, regime.name)
+    case = (contest.weights_of(target), target.quantizer, regime.name)
 
     sound(recorded, contest, limits, verify)
     prompt(recorded, limits("throughput.ttft", *case), limits("throughput.itl", *case), verify)
@@ -73,7 +73,9 @@ def test_step(
     """No decode step is faster than its weights can be read: what is measured is a decode step, and what limits it."""
     recorded = contest(SINGLE_STREAM)
     lines = {
-        condition: Roofline(decode_bytes(artifact if condition in recorded.others else reference, adapter), bandwidth)
+        condition: Roofline(
+            decode_bytes(artifact if condition in recorded.others else reference, adapter), bandwidth, contest.cards
+        )
         for condition in recorded.conditions
     }
     bounded(recorded, lines, limits("throughput.of_roofline", target.weights), verify)

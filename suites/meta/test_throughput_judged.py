@@ -87,6 +87,7 @@ def contest_of(what: Recorded) -> Any:
 
     class Measured:
         names = NAMES
+        cards = 1
         expected = KERNELS
         others: dict[str, int | None] = {}
 
@@ -95,6 +96,9 @@ def contest_of(what: Recorded) -> Any:
 
         def arrivals(self, name: str) -> Recorded:
             return what
+
+        def weights_of(self, target: Target) -> str:
+            return target.weights
 
     return Measured()
 

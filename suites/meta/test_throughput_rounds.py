@@ -310,3 +310,11 @@ def test_roofline() -> None:
     assert line.seconds == pytest.approx(1.5e-3)
     assert "1.50 ms" in line.words(3e-3)
     assert "50%" in line.words(3e-3)
+    assert "1 card " in line.words(3e-3)
+
+
+def test_roofline_of_two_cards() -> None:
+    """Two cards read half of the weights each, at the same time: a step may take half as long."""
+    line = Roofline(6_000_000_000, 4e12, 2)
+    assert line.seconds == pytest.approx(0.75e-3)
+    assert "2 cards" in line.words(3e-3)

@@ -34,7 +34,7 @@ def recorded(
     """The reference, a good artifact and a damaged one, run side by side by vLLM."""
     folder = tmp_path_factory.mktemp("planted")
     damaged = copied(good_artifact, folder / "damaged")
-    all_scales_off(0.02)(damaged)
+    all_scales_off(0.05)(damaged)
     good = Checkpoint(good_artifact)
     wanted = {
         "reference": conditions.Condition(tiny_reference, PLAIN),
@@ -51,10 +51,10 @@ def recorded(
 
 
 def test_damaged_layer_is_seen_through_the_kernel(recorded: Callable[[str], Recorded], selection: Selection) -> None:
-    """Scales of one linear off by a fiftieth move what vLLM computes far beyond its noise; a good kernel does not."""
+    """Scales of one linear off by a twentieth move what vLLM computes far beyond its noise; a good kernel does not."""
     taught = {name: recorded(name).taught["taught"] for name in ("reference", "graphs", "good", "damaged", "decoded")}
     noise = kl(taught["reference"], taught["graphs"])
-    limit = selection.limits("serving.of_kernels")
+    limit = selection.limits("serving.of_kernels", "awq")
     assert kl(taught["decoded"], taught["good"]) < limit * noise
     assert kl(taught["decoded"], taught["damaged"]) > limit * noise
 
@@ -63,8 +63,10 @@ def test_in_memory_names_are_refused(good_artifact: Path, tmp_path: Path) -> Non
     """An artifact with transformers' in-memory names, which transformers loads, is refused by vLLM, and we say why."""
     artifact = copied(good_artifact, tmp_path / "artifact")
     in_memory_names(artifact)
-    with pytest.raises(EngineError, match="no module or parameter named"):
+    with pytest.raises(EngineError, match="tensors have transformers' in-memory names") as refused:
         start_server(Checkpoint(artifact), PLAIN, tmp_path / "log")
+    assert "model.embed_tokens.weight on the hub" in str(refused.value)
+    assert "modules_to_not_convert is ['model.visual', 'lm_head'], by which vLLM takes visual." in str(refused.value)
 
 
 def test_impossible_config_is_told(good_artifact: Path, tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from fixtures.core.errors import UserError
 from fixtures.engines import conditions, ports, process
 from fixtures.engines.kernels import force, identified
 from fixtures.engines.process import EngineError
+from fixtures.engines.refusals import likely_causes
 from fixtures.engines.server import Server, Serving, arguments, config_overrides, post, start_server
 from fixtures.engines.servers import Servers
 from fixtures.engines.vllm_logs import read_start, stage, telling_lines
+from fixtures.faults.editing import copied
+from fixtures.faults.serving import in_memory_names
 from fixtures.subjects.published import published_config
 from suites.meta import fake_vllm
 
@@ -43,6 +46,19 @@ def start(tiny_reference: Checkpoint, tmp_path: Path) -> Iterator[Start]:
     yield run
     for server in running:
         server.close()
+
+
+def test_why_it_does_not_start(good_artifact: Path, tmp_path: Path) -> None:
+    """Beside vLLM's own words a refusal names what the bytes show: in-memory names, a skip list that vLLM misreads."""
+    artifact = copied(good_artifact, tmp_path / "artifact")
+    assert likely_causes(Checkpoint(artifact)) == []
+    in_memory_names(artifact)
+    module = (sys.executable, str(FAKE), "dies")
+    with pytest.raises(EngineError) as refused:
+        start_server(Checkpoint(artifact), Serving(), tmp_path / "log", module=module)
+    names, skipped = (line for line in str(refused.value).splitlines() if line.startswith("  likely: "))
+    assert "model.language_model.embed_tokens.weight is model.embed_tokens.weight on the hub" in names
+    assert "['model.visual', 'lm_head'], by which vLLM takes visual.blocks.0.attn.proj for quantized" in skipped
 
 
 def gone(pids: frozenset[int]) -> bool:
