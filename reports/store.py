@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fixtures.core.errors import UserError
+from fixtures.core.files import check_depth, read_text
 from fixtures.core.measurement import Kind
 from fixtures.core.results import Outcome, Result, Run
 
@@ -30,7 +31,8 @@ def load(path: Path) -> Run:
         UserError: when there is no such file, or it is no results.json of this version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
+        check_depth(data)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -101,6 +103,10 @@ def _check(run: Run) -> None:
             words += [measurement.quantity, measurement.unit, measurement.detail]
             if measurement.bound is not None and measurement.bound.kind not in get_args(Kind):
                 raise ValueError(f"unknown bound {measurement.bound.kind!r} in {result.id!r}")
+        for table in result.tables:
+            words += [table.title, *table.columns]
+            if not all(isinstance(cell, str | int | float | None) for row in table.rows for cell in row):
+                raise TypeError(f"a table of other things than texts and numbers in {_name(result)}")
         if not all(isinstance(word, str) for word in words) or not isinstance(result.seconds, int | float):
             raise TypeError(f"a text or number of the wrong type in {_name(result)}")
 

@@ -32,7 +32,7 @@ from fixtures.engines.hf import TransformersEngine
 from fixtures.engines.loading import compute_dtype, load_processor, runs_by_library
 from fixtures.engines.speech import SpeechEngine
 from fixtures.engines.ways import way_to_run
-from fixtures.faults.artifacts import all_scales_off
+from fixtures.faults.awq_codes import all_scales_off
 from fixtures.faults.editing import copied, edit_json
 from fixtures.options import Selection
 from fixtures.quantizers import recipe_for
