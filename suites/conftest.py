@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
+from torch import nn
 
 from fixtures.adapters import Adapter
+from fixtures.adapters.base import Decoder
 from fixtures.audit.coverage import LinearState, linear_states
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import LinearError, audit_linears
-from fixtures.audit.search_gain import GroupLoss
+from fixtures.audit.search_gain import GroupLoss, replay_error
 from fixtures.audit.search_gain import group_losses as measure_group_losses
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.samples import Sample
 from fixtures.engines.loading import compute_dtype, load_model, load_processor
 from fixtures.options import Selection
 from fixtures.quantizers import calibration
+from fixtures.quantizers.activation_aware.capture import Feed
 from fixtures.quantizers.layers import Progress
 
 GAIN_SAMPLES = 16  # held-out samples per modality for the search's gain
@@ -34,24 +38,42 @@ def linears(pair: Pair) -> list[LinearState]:
     return linear_states(pair)
 
 
+@dataclass(frozen=True)
+class Fed:
+    """A decoder that was quantized, and what runs it on held-out samples of every modality."""
+
+    model: nn.Module
+    decoder: Decoder
+    feeds: Sequence[Feed]
+
+
 @pytest.fixture(scope="session")
-def group_losses(
+def fed(
     pair: Pair,
     reference: Checkpoint,
     adapter: Adapter,
     selection: Selection,
     evaluation_samples: Callable[[str], Sequence[Sample]],
-) -> list[GroupLoss]:
-    """The output error of every scaling group on held-out samples of every modality, and RTN's."""
+) -> list[Fed]:
+    """The reference's decoders that the target quantizes."""
     device = selection.device
     model = load_model(reference, adapter, compute_dtype(reference, device), device)
     samples = [s for modality in selection.modalities_of(adapter) for s in evaluation_samples(modality)[:GAIN_SAMPLES]]
     processor = load_processor(reference)
     return [
-        loss
+        Fed(model, decoder, list(calibration.feeds(adapter, model, processor, decoder, samples, device)))
         for decoder in adapter.decoders(reference.config)
         if decoder.tower in pair.towers
-        for loss in measure_group_losses(
-            pair, model, decoder, calibration.feeds(adapter, model, processor, decoder, samples, device)
-        )
     ]
+
+
+@pytest.fixture(scope="session")
+def replay_errors(fed: Sequence[Fed]) -> dict[str, float]:
+    """By tower, how far layers that run one by one, as calibration runs them, end from the model's own run."""
+    return {one.decoder.tower: replay_error(one.model, one.decoder, one.feeds) for one in fed}
+
+
+@pytest.fixture(scope="session")
+def group_losses(pair: Pair, fed: Sequence[Fed]) -> list[GroupLoss]:
+    """The output error of every scaling group, and RTN's."""
+    return [loss for one in fed for loss in measure_group_losses(pair, one.model, one.decoder, one.feeds)]

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from fixtures.adapters import Adapter
+from fixtures.audit.leaks import leaked
 from fixtures.audit.search_gain import GroupLoss
 from fixtures.core.limits import Limits
+from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
+from fixtures.options import Selection
 from fixtures.verifying import Verify
 
 pytestmark = pytest.mark.calibrated
+
+
+def test_replay(replay_errors: Mapping[str, float], limits: Limits, verify: Verify) -> None:
+    """Layers run one by one, as calibration runs them, end where the model's own run of the same prompts ends."""
+    for tower, error in replay_errors.items():
+        verify(f"{tower}: hidden states off the model's own", error, "relative", at_most=limits("calibration.replay"))
+
+
+@pytest.mark.recorded
+def test_held_out(
+    calibration_samples: Sequence[Sample],
+    evaluation_samples: Callable[[str], Sequence[Sample]],
+    adapter: Adapter,
+    selection: Selection,
+    verify: Verify,
+) -> None:
+    """No question that answers are judged by was among those that the search was calibrated on."""
+    asked = [sample for modality in selection.modalities_of(adapter) for sample in evaluation_samples(modality)]
+    known = leaked(calibration_samples, asked)
+    verify.none_of("questions that were calibrated on", known, among=min(len(asked), len(calibration_samples)))
 
 
 def test_search_gain(group_losses: Sequence[GroupLoss], target: Target, limits: Limits, verify: Verify) -> None:

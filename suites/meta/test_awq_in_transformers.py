@@ -16,7 +16,7 @@ from fixtures.core.errors import CheckpointError
 from fixtures.engines.hf import TransformersEngine
 from fixtures.engines.loading import load_by_transformers
 from fixtures.engines.ways import library_modules, way_to_run
-from fixtures.faults.artifacts import neighbours_scales, zero_off_by_one
+from fixtures.faults.awq_codes import neighbours_scales, zero_off_by_one
 from fixtures.faults.editing import copied, edit_json
 from fixtures.formats import format_of
 from fixtures.options import Selection

@@ -14,7 +14,7 @@ from fixtures.audit.roundtrip import audit_linears
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
-from fixtures.faults import artifacts as faults
+from fixtures.faults import awq_codes, linears, records, settings, tensors
 from fixtures.faults.editing import copied
 from fixtures.options import Selection
 from fixtures.quantizers import calibration, quantize
@@ -30,87 +30,95 @@ Audit = Callable[[Callable[..., None], Path], Verify]
 PLANTED = {
     test_roundtrip.test_rounding: {
         "largest error": (
-            faults.wrong_nibble_order,
-            faults.zero_off_by_one,
-            faults.neighbours_scales,
-            faults.scale_off(0.05),
-            faults.scale_off(0.01),
-            faults.scale_off(-0.01),
-            faults.all_scales_off(0.02),
-            faults.all_zero_weights,
-            faults.flipped_bit,
-            faults.rows_not_folded,
-            faults.norm_not_folded,
+            awq_codes.wrong_nibble_order,
+            awq_codes.zero_off_by_one,
+            awq_codes.neighbours_scales,
+            awq_codes.scale_off(0.05),
+            awq_codes.scale_off(0.01),
+            awq_codes.scale_off(-0.01),
+            awq_codes.all_scales_off(0.02),
+            awq_codes.all_zero_weights,
+            awq_codes.flipped_bit,
+            awq_codes.rows_not_folded,
+            tensors.norm_not_folded,
         ),
-        "largest error at the range's ends": (faults.end_codes_moved,),
+        "largest error at the range's ends": (awq_codes.end_codes_moved,),
     },
     test_roundtrip.test_frobenius: {
-        "relative Frobenius error, of theory's": (faults.wrong_nibble_order, faults.zero_off_by_one, faults.nan_scale),
+        "relative Frobenius error, of theory's": (
+            awq_codes.wrong_nibble_order,
+            awq_codes.zero_off_by_one,
+            awq_codes.nan_scale,
+        ),
     },
     test_roundtrip.test_resolution: {
-        "coarsest scale, of RTN's": (faults.one_bit_fewer, faults.all_scales_off(1.0), faults.nan_scale),
-        "finest scale, of RTN's": (faults.all_scales_off(-0.66), faults.zero_scale, faults.nan_scale),
+        "coarsest scale, of RTN's": (awq_codes.one_bit_fewer, awq_codes.all_scales_off(1.0), awq_codes.nan_scale),
+        "finest scale, of RTN's": (awq_codes.all_scales_off(-0.66), awq_codes.zero_scale, awq_codes.nan_scale),
     },
-    test_roundtrip.test_clipping: {"clipped weights": (faults.all_scales_off(-0.66),)},
+    test_roundtrip.test_clipping: {"clipped weights": (awq_codes.all_scales_off(-0.66),)},
     test_roundtrip.test_codes: {
-        "linears with broken scales": (faults.infinite_scale, faults.zero_scale, faults.nan_scale),
-        "linears whose codes change when coded again": (faults.infinite_scale, faults.zero_scale, faults.nan_scale),
-        "weights looked at": (faults.nothing_quantized,),
+        "linears with broken scales": (awq_codes.infinite_scale, awq_codes.zero_scale, awq_codes.nan_scale),
+        "linears whose codes change when coded again": (
+            awq_codes.infinite_scale,
+            awq_codes.zero_scale,
+            awq_codes.nan_scale,
+        ),
+        "weights looked at": (linears.nothing_quantized,),
     },
     test_coverage.test_every_linear: {
         "linears neither quantized nor kept for a reason": (
-            faults.left_in_full_precision,
-            faults.kept_beside_codes,
-            faults.dropped_codes,
-            faults.vision_quantized,
+            linears.left_in_full_precision,
+            linears.kept_beside_codes,
+            linears.dropped_codes,
+            linears.vision_quantized,
         ),
-        "quantized linears": (faults.nothing_quantized,),
+        "quantized linears": (linears.nothing_quantized,),
     },
     test_coverage.test_every_tensor: {
-        "tensors lost": (faults.dropped_codes, faults.dropped_bias),
-        "tensors that belong to nothing": (faults.stray_tensor,),
+        "tensors lost": (linears.dropped_codes, tensors.dropped_bias),
+        "tensors that belong to nothing": (tensors.stray_tensor,),
         "tensors changed": (
-            faults.bias_of_ones,
-            faults.vision_changed,
-            faults.final_norm_changed,
-            faults.untied_head,
-            faults.vision_in_fp8,
+            tensors.bias_of_ones,
+            tensors.vision_changed,
+            tensors.final_norm_changed,
+            tensors.untied_head,
+            tensors.vision_in_fp8,
         ),
     },
     test_coverage.test_size: {
-        "bytes, of those promised": (faults.left_in_full_precision, faults.kept_beside_codes),
+        "bytes, of those promised": (linears.left_in_full_precision, linears.kept_beside_codes),
     },
     test_coverage.test_folded_norms: {
-        "norms that no positive scales explain": (faults.negative_norm,),
-        "norm over reference, off the recorded scales": (faults.norm_not_folded, faults.no_scales_record),
+        "norms that no positive scales explain": (tensors.negative_norm,),
+        "norm over reference, off the recorded scales": (tensors.norm_not_folded, records.no_scales_record),
     },
-    test_coverage.test_ties: {"head tied to the embedding": (faults.tie_flag_flipped,)},
+    test_coverage.test_ties: {"head tied to the embedding": (settings.tie_flag_flipped,)},
     test_coverage.test_skip_list_in_transformers: {
         "linears that transformers misjudges": (
-            faults.vision_quantized,
-            faults.skip_list("visual"),
-            faults.skip_list("visual", "model.visual", "lm_head", "up_proj"),
+            linears.vision_quantized,
+            settings.skip_list("visual"),
+            settings.skip_list("visual", "model.visual", "lm_head", "up_proj"),
         ),
     },
     test_coverage.test_skip_list_in_vllm: {
         "linears that vLLM misjudges": (
-            faults.vision_quantized,
-            faults.skip_list(),
-            faults.skip_list("model.visual"),
-            faults.skip_list("visual", "model.visual", "lm_head", "layers.1"),
+            linears.vision_quantized,
+            settings.skip_list(),
+            settings.skip_list("model.visual"),
+            settings.skip_list("visual", "model.visual", "lm_head", "layers.1"),
         ),
     },
     test_coverage.test_settings: {
-        "config: settings that differ": (faults.other_epsilon,),
-        "generation settings: settings that differ": (faults.other_end_of_turn,),
-        "tokenizer: settings that differ": (faults.other_tokenizer, faults.other_merges),
-        "chat template: settings that differ": (faults.other_chat_template,),
-        "processor: settings that differ": (faults.more_pixels,),
-        "side files: settings that differ": (faults.other_voices,),
+        "config: settings that differ": (settings.other_epsilon,),
+        "generation settings: settings that differ": (settings.other_end_of_turn,),
+        "tokenizer: settings that differ": (settings.other_tokenizer, settings.other_merges),
+        "chat template: settings that differ": (settings.other_chat_template,),
+        "processor: settings that differ": (settings.more_pixels,),
+        "side files: settings that differ": (settings.other_voices,),
     },
     test_calibration.test_search_record: {
-        "scaling groups that came out worse": (faults.worse_scaling, faults.no_record),
-        "clipped linears that came out worse": (faults.worse_clipping, faults.no_record),
+        "scaling groups that came out worse": (records.worse_scaling, records.no_record),
+        "clipped linears that came out worse": (records.worse_clipping, records.no_record),
     },
 }
 CASES = [
@@ -165,7 +173,7 @@ def test_head_of_its_own_is_missed(selection: Selection, tmp_path: Path) -> None
     reference = Checkpoint(subject("qwen2_5_vl-tiny_untied", selection.cache / "subjects"))
     good = cached_artifact(reference, Recipe("rtn"), (), selection.cache)
     damaged = copied(good, tmp_path / "damaged")
-    faults.dropped_head(damaged)
+    tensors.dropped_head(damaged)
     for folder, holds in ((good, True), (damaged, False)):
         verify = listener()
         test_coverage.test_ties(Pair(reference, Checkpoint(folder)), verify)
@@ -192,7 +200,9 @@ def test_every_check_is_sabotaged() -> None:
         if name.startswith("test_")
     }
     elsewhere = {
-        test_calibration.test_search_gain,  # test_sabotaged_answers
+        test_calibration.test_search_gain,  # these three: test_sabotaged_answers
+        test_calibration.test_replay,
+        test_calibration.test_held_out,
         test_roundtrip.test_tables,  # test_sabotage_bnb: AWQ's layout has no tables
     }
     assert checks - PLANTED.keys() == elsewhere

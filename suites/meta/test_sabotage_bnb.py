@@ -14,7 +14,7 @@ from fixtures.audit.pair import Pair
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.targets import Target
-from fixtures.faults import artifacts, bnb
+from fixtures.faults import bnb, linears, tensors
 from fixtures.faults.editing import copied, edit_json
 from fixtures.options import Selection
 from fixtures.quantizers import recipe_for
@@ -72,14 +72,14 @@ PLANTED: dict[str, dict[Callable[..., None], dict[str, tuple[Fault, ...]]]] = {
             "tables that are not as published or as stated": (bnb.other_code_book, bnb.state_says(quant_type="fp4")),
         },
         test_coverage.test_every_linear: {
-            "linears neither quantized nor kept for a reason": (bnb.left_in_full_precision,),
+            "linears neither quantized nor kept for a reason": (linears.left_in_full_precision,),
         },
         test_coverage.test_every_tensor: {
-            "tensors changed": (artifacts.bias_of_ones, artifacts.vision_changed, artifacts.norm_not_folded),
-            "tensors lost": (artifacts.dropped_bias,),
-            "tensors that belong to nothing": (artifacts.stray_tensor,),
+            "tensors changed": (tensors.bias_of_ones, tensors.vision_changed, tensors.norm_not_folded),
+            "tensors lost": (tensors.dropped_bias,),
+            "tensors that belong to nothing": (tensors.stray_tensor,),
         },
-        test_coverage.test_size: {"bytes, of those promised": (bnb.left_in_full_precision,)},
+        test_coverage.test_size: {"bytes, of those promised": (linears.left_in_full_precision,)},
         test_coverage.test_skip_list_in_transformers: {
             "linears that transformers misjudges": (skip_list("lm_head"), skip_list("visual", "lm_head")),
         },

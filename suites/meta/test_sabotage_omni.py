@@ -16,7 +16,7 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.targets import Target
 from fixtures.engines.loading import load_model
-from fixtures.faults import artifacts as faults
+from fixtures.faults import settings
 from fixtures.faults.editing import copied, edit_shard
 from fixtures.formats import AWQ_GEMM
 from fixtures.options import Selection
@@ -54,15 +54,15 @@ def test_no_false_alarm(check: Callable[..., None], good: Path, omni: Checkpoint
 @pytest.mark.parametrize(
     ("fault", "check", "quantity"),
     [
-        (faults.no_voices, test_coverage.test_settings, "side files: settings that differ"),
-        (faults.other_voices, test_coverage.test_settings, "side files: settings that differ"),
+        (settings.no_voices, test_coverage.test_settings, "side files: settings that differ"),
+        (settings.other_voices, test_coverage.test_settings, "side files: settings that differ"),
         (
-            faults.skip_list("visual", "talker", "token2wav", "lm_head"),
+            settings.skip_list("visual", "talker", "token2wav", "lm_head"),
             test_coverage.test_skip_list_in_transformers,
             "linears that transformers misjudges",
         ),
         (
-            faults.skip_list("thinker.model.visual", "thinker.model.audio_tower", "lm_head"),
+            settings.skip_list("thinker.model.visual", "thinker.model.audio_tower", "lm_head"),
             test_coverage.test_skip_list_in_vllm,
             "linears that vLLM misjudges",
         ),

@@ -11,16 +11,20 @@ import pytest
 import torch
 
 from fixtures.adapters import ADAPTERS
+from fixtures.audit import search_gain
 from fixtures.audit.pair import Pair
 from fixtures.audit.search_gain import GroupLoss, group_losses
 from fixtures.core.answers import Answer, Answers, paired
 from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.limits import load_limits
+from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
 from fixtures.engines.loading import load_model, load_processor
-from fixtures.faults import artifacts as faults
+from fixtures.faults import awq_codes
 from fixtures.faults.editing import copied, edit_json
 from fixtures.options import Selection
 from fixtures.quantizers import calibration
+from fixtures.quantizers.activation_aware.capture import Call, decoder_calls
 from fixtures.subjects.samples import draw
 from suites import test_calibration, test_parity
 from suites.meta.answering import CHECKS, Check, answers, ask, listener
@@ -87,6 +91,7 @@ PLANTED = [
     (test_parity.test_task_accuracy, "task accuracy drop", MUTE),
     (test_parity.test_task_accuracy, "task accuracy drop", BABBLING),
     (test_parity.test_task_accuracy, "task accuracy drop", UNGRADED),
+    (test_parity.test_task_accuracy, "reference's accuracy", UNGRADED),
     (test_parity.test_greedy_prefix, "agreeing greedy prefix", MUTE),
     (test_parity.test_greedy_prefix, "agreeing greedy prefix", BABBLING),
     (test_parity.test_hidden_state_drift, "largest drift of a layer", DRIFTED),
@@ -145,7 +150,7 @@ def test_no_samples_are_not_recorded(tmp_path: Path) -> None:
         Answers.record(tmp_path / "none", [])
 
 
-@pytest.mark.parametrize("fault", [faults.wrong_nibble_order, faults.all_zero_weights], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fault", [awq_codes.wrong_nibble_order, awq_codes.all_zero_weights], ids=lambda f: f.__name__)
 def test_damaged_weights_are_heard(
     fault: Callable[[Path], None],
     good_artifact: Path,
@@ -189,6 +194,64 @@ def losses_of(tiny_reference: Checkpoint) -> Callable[[Path], list[GroupLoss]]:
     return lambda folder: list(group_losses(Pair(tiny_reference, Checkpoint(folder)), model, decoder, feeds))
 
 
+def test_lost_positions_are_caught(tiny_reference: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration that loses one axis of the positions, or a prompt's end, is caught; as it is, it is exact (F14)."""
+    model = load_model(tiny_reference, VL, torch.float32)
+    (decoder,) = VL.decoders(tiny_reference.config)
+    samples = [sample for asked in SAMPLES.values() for sample in asked[:8]]
+    feeds = list(calibration.feeds(VL, model, load_processor(tiny_reference), decoder, samples))
+
+    def replayed(change: Callable[[Call], Call] = lambda call: call) -> bool:
+        monkeypatch.setattr(search_gain, "decoder_calls", lambda *given: [change(c) for c in decoder_calls(*given)])
+        verify = listener()
+        error = search_gain.replay_error(model, decoder, feeds)
+        test_calibration.test_replay({"language_model": error}, load_limits(), verify)
+        return verify.conclude() == ""
+
+    def in_order(call: Call) -> Call:
+        cos, sin = call.others["position_embeddings"]
+        turned = tuple(x.roll(1, dims=-2) for x in (cos, sin))
+        return dataclasses.replace(call, others={**call.others, "position_embeddings": turned})
+
+    def unmasked(call: Call) -> Call:
+        return dataclasses.replace(call, hidden=call.hidden.roll(1, dims=-2))
+
+    assert replayed()
+    assert not replayed(in_order)
+    assert not replayed(unmasked)
+    verify = listener()
+    test_calibration.test_replay({}, load_limits(), verify)
+    assert verify.conclude()  # no decoder was replayed: nothing holds
+
+
+def test_leaked_questions_are_caught(selection: Selection) -> None:
+    """One question among the calibration samples is caught, whatever it is called; a held-out set is not (F30)."""
+    good = calibration.built_in(VL)
+    asked = {modality: draw(modality, "evaluation", 64) for modality in VL.modalities}
+
+    def held(calibrated: Sequence[Sample]) -> bool:
+        verify = listener()
+        test_calibration.test_held_out(calibrated, asked.__getitem__, VL, selection, verify)
+        return verify.conclude() == ""
+
+    assert held(good)
+    for modality in VL.modalities:
+        stolen = dataclasses.replace(asked[modality][7], id="calibration-1", answer="")
+        assert not held([*good, stolen]), modality
+    assert not held([])  # nothing was compared
+
+
+def test_a_reference_that_regressed_is_caught(good: Pairs, selection: Selection) -> None:
+    """A library that makes the reference as wrong as the artifact leaves every ratio as it was, and is caught (F18)."""
+    wrong = [
+        (dataclasses.replace(a, right=a.right and n % 4 > 0), dataclasses.replace(b, right=b.right and n % 4 > 0))
+        for n, (a, b) in enumerate(good)
+    ]
+    measured = ask(test_parity.test_task_accuracy, wrong, TARGET, "text", selection.limits)
+    assert measured["task accuracy drop"].holds
+    assert measured["reference's accuracy"].holds is False
+
+
 def gain(losses: Sequence[GroupLoss], selection: Selection) -> dict[str, bool | None]:
     """What the check of the search's gain says, by quantity."""
     verify = listener()
@@ -202,7 +265,7 @@ def test_search_that_harms_is_caught(
     """An artifact whose search did harm fails, a good one does not, and neither does one that never searched pass."""
     assert all(gain(losses_of(good_artifact), selection).values())
     damaged = copied(good_artifact, tmp_path / "damaged")
-    faults.zero_off_by_one(damaged)
+    awq_codes.zero_off_by_one(damaged)
     assert gain(losses_of(damaged), selection)["worst group's loss, of RTN's"] is False
     assert not any(gain([], selection).values())
     unsearched = [GroupLoss("language_model", 0, "qkv", loss=1.0, loss_rtn=1.0)] * 3

@@ -15,7 +15,7 @@ from fixtures.engines.decoded import write_decoded
 from fixtures.engines.offline import Batch, Recorded
 from fixtures.engines.process import EngineError
 from fixtures.engines.server import start_server
-from fixtures.faults.artifacts import all_scales_off
+from fixtures.faults.awq_codes import all_scales_off
 from fixtures.faults.editing import copied, edit_json
 from fixtures.faults.serving import in_memory_names
 from fixtures.options import Selection

@@ -1,0 +1,220 @@
+"""Planting every fault of the catalogue in every target's artifact, and asking every check of bytes what it says."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fixtures.adapters import adapter_for
+from fixtures.audit.coverage import linear_states
+from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import audit_linears
+from fixtures.checkpoints import read_scales, read_search
+from fixtures.core.checkpoint import INDEX, Checkpoint
+from fixtures.core.errors import UserError
+from fixtures.core.limits import Limits
+from fixtures.core.measurement import Measurement
+from fixtures.core.targets import Target
+from fixtures.faults.catalogue import FAULTS, REFUSED, Setting
+from fixtures.formats import format_of
+from fixtures.quantizers.layers import Progress, silent
+from suites import test_calibration, test_coverage, test_roundtrip
+from suites.meta.answering import listener
+from suites.meta.scaled_limits import FACTORS, names_used, scaled
+
+Check = Callable[..., None]
+CHECKS: tuple[Check, ...] = (
+    test_roundtrip.test_rounding,
+    test_roundtrip.test_frobenius,
+    test_roundtrip.test_resolution,
+    test_roundtrip.test_clipping,
+    test_roundtrip.test_codes,
+    test_roundtrip.test_tables,
+    test_coverage.test_every_linear,
+    test_coverage.test_every_tensor,
+    test_coverage.test_size,
+    test_coverage.test_folded_norms,
+    test_coverage.test_ties,
+    test_coverage.test_skip_list_in_transformers,
+    test_coverage.test_skip_list_in_vllm,
+    test_coverage.test_settings,
+    test_calibration.test_search_record,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A good artifact beside its reference."""
+
+    target: Target
+    reference: Path
+    artifact: Path
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What a fault may depend on."""
+        reference, artifact = Checkpoint(self.reference), Checkpoint(self.artifact)
+        config = artifact.quantization or {}
+        eight = config.get("load_in_8bit")
+        layout = "awq" if format_of(artifact).method == "awq" else "8-bit" if eight else "4-bit"
+        tied = adapter_for(reference).head_is_tied(reference.config)
+        return Setting(self.target, layout, bool(config.get("bnb_4bit_use_double_quant")), tied)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The checks that apply to it, as the markers say."""
+        missing = {
+            test_roundtrip.test_tables: self.setting.layout == "awq",
+            test_coverage.test_folded_norms: self.setting.layout != "awq",
+            test_calibration.test_search_record: self.target.quantizer != "awq",
+        }
+        return tuple(check for check in CHECKS if not missing.get(check))
+
+
+class Evidence:
+    """What the checks of bytes look at, computed once per artifact; whichever limits they are then held to."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        reference = Checkpoint(subject.reference)
+        self.target = subject.target
+        self.artifact = Checkpoint(folder)
+        self.pair = Pair(reference, self.artifact, adapter_for(reference).quantizable(reference.config))
+        self.pair.require_same_shapes()
+
+    @cached_property
+    def linears(self) -> Sequence[Any]:
+        """What became of every linear."""
+        return linear_states(self.pair)
+
+    @cached_property
+    def linear_errors(self) -> Sequence[Any]:
+        """What every quantized linear lost."""
+        return list(audit_linears(self.pair))
+
+    @cached_property
+    def recorded_scales(self) -> Any:
+        """The scales that our engine recorded."""
+        return read_scales(self.artifact)
+
+    @cached_property
+    def search_record(self) -> Any:
+        """What our engine's search recorded."""
+        return read_search(self.artifact)
+
+    def ask(self, check: Check, limits: Limits) -> list[Measurement]:
+        """What a check measures here, held to ``limits``."""
+        verify = listener()
+        given = {"limits": limits, "verify": verify}
+        wanted = check.__code__.co_varnames[: check.__code__.co_argcount]
+        check(**{name: given[name] if name in given else getattr(self, name) for name in wanted})
+        return verify.measurements
+
+
+@dataclass
+class Outcome:
+    """What became of one fault in one target."""
+
+    target: Target
+    fault: int  # its place in the catalogue; -1: none was planted
+    killed: dict[str, list[Measurement]] = field(default_factory=dict)  # check -> what does not hold
+    survived: list[str] = field(default_factory=list)  # checks that saw nothing
+    moved: set[str] = field(default_factory=set)  # limits on which the verdict of a check hangs, by a factor of ten
+    refused: str = ""  # the line that reading it ended with
+    crashed: str = ""  # an exception that is no such line
+
+    @property
+    def by(self) -> set[str]:
+        """The checks that caught it."""
+        return {*self.killed, *({REFUSED} if self.refused else ())}
+
+
+def judged(subject: Subject, fault: int, folder: Path, limits: Limits) -> Outcome:
+    """Ask every check that applies of an artifact; ``test_settings`` only where a file that it reads is another."""
+    outcome = Outcome(subject.target, fault)
+    try:
+        evidence = Evidence(subject, folder)
+        for check in subject.checks:
+            if check is test_coverage.test_settings and fault >= 0 and not settings_touched(subject, folder):
+                outcome.survived.append(check.__name__)  # it would read the very files of the good artifact
+                continue
+            broken = [m for m in evidence.ask(check, limits) if m.holds is False]
+            outcome.moved |= {name for name in names_used(check) if hangs_on(evidence, check, limits, name, not broken)}
+            if broken:
+                outcome.killed[check.__name__] = broken
+            else:
+                outcome.survived.append(check.__name__)
+    except UserError as error:
+        outcome.refused = str(error)
+    except Exception as error:
+        outcome.crashed = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+def hangs_on(evidence: Evidence, check: Check, limits: Limits, name: str, holds: bool) -> bool:
+    """Whether a check would say otherwise, were one of its limits ten times as strict or as lax."""
+    return any(
+        all(m.holds is not False for m in evidence.ask(check, scaled(limits, name, factor))) != holds
+        for factor in FACTORS
+    )
+
+
+def settings_touched(subject: Subject, folder: Path) -> bool:
+    """Whether a damaged copy has other files than the good artifact, tensors apart."""
+    good, other = (
+        {file.name: file.read_bytes() for file in path.iterdir() if file.is_file() and file.suffix != ".safetensors"}
+        for path in (subject.artifact, folder)
+    )
+    return {name: data for name, data in good.items() if name != INDEX} != {
+        name: data for name, data in other.items() if name != INDEX
+    }
+
+
+def touched(subject: Subject, folder: Path) -> bool:
+    """Whether a damaged copy is another than the good artifact."""
+    good, other = (
+        {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for path in (subject.artifact, folder)
+    )
+    return good != other
+
+
+def planted(subject: Subject, fault: int, limits: Limits) -> Outcome:
+    """Plant one fault in a copy of a good artifact, and ask."""
+    with tempfile.TemporaryDirectory() as folder:
+        damaged = Path(folder) / "damaged"
+        shutil.copytree(subject.artifact, damaged)
+        FAULTS[fault].plant(damaged)
+        if not touched(subject, damaged):
+            return Outcome(subject.target, fault, crashed="nothing was planted: the copy is as it was")
+        return judged(subject, fault, damaged, limits)
+
+
+def applying(subject: Subject) -> list[int]:
+    """The faults that a target's artifact can have."""
+    return [number for number, fault in enumerate(FAULTS) if fault.where(subject.setting)]
+
+
+def _share(subject: Subject, faults: Sequence[int], limits: Limits) -> list[Outcome]:
+    return [planted(subject, fault, limits) for fault in faults]
+
+
+def run(subjects: Sequence[Subject], limits: Limits, workers: int, progress: Progress = silent) -> list[Outcome]:
+    """Every fault in every subject, on ``workers`` processes; and every subject as it is."""
+    # a third of a target at a time: targets differ in cost, and a process takes seconds to start
+    jobs = [(subject, applying(subject)[start::3]) for subject in subjects for start in range(3)]
+    outcomes = [judged(subject, -1, subject.artifact, limits) for subject in subjects]
+    done = 0
+    total = sum(len(faults) for _, faults in jobs)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_share, subject, faults, limits) for subject, faults in jobs]):
+            outcomes += future.result()
+            done += len(future.result())
+            progress("faults planted", done, total)
+    return outcomes
