@@ -18,6 +18,7 @@ from fixtures.core.measurement import Measurement, readable
 from fixtures.core.results import Outcome, Result, Run
 from reports import verdict
 from reports.heatmap import heatmap
+from reports.power import power, shade
 
 LARGEST = 6_000_000  # bytes of a page
 
@@ -60,19 +61,20 @@ def _context(run: Run) -> dict[str, Any]:
     of_targets = [r for r in run.results if r.target_id]
     return {
         "run": run,
-        "headline": _headline(found),
+        "headline": _headline(found, verdict.own(run.results)),
         "verdicts": found,
         "suites": verdict.suites(of_targets),
         "own": verdict.own(run.results),
+        "power": power(run.results),
         "unrun": _unrun(run.results),
         "anchors": _anchors(run.results),
         "script_digest": _digest("report.js"),
     }
 
 
-def _headline(found: list[verdict.Verdict]) -> str:
+def _headline(found: list[verdict.Verdict], own: list[Result]) -> str:
     if not found:
-        return "No target was checked"
+        return f"The suite's own tests: {verdict.cell(own)}" if own else "No target was checked"
     counts = {word: sum(v.word == word for v in found) for word in ("proved", "known bad", "disproved", "incomplete")}
     said = [f"{count} {word}" for word, count in counts.items() if count]
     return f"{verdict.counted(len(found), 'target')}: {', '.join(said)}"
@@ -182,6 +184,7 @@ def _environment() -> jinja2.Environment:
         "margin": margin_text,
         "moment": moment,
         "shortened": shortened,
+        "shade": shade,
         "shown": shown,
         "slug": slug,
         "used": used,

@@ -24,6 +24,7 @@ from fixtures.core.recipe import Recipe
 from fixtures.core.rounding import Rounding
 from fixtures.engines.loading import load_model, quiet_transformers
 from fixtures.faults import bnb as faults
+from fixtures.faults import linears
 from fixtures.faults.editing import copied, edit_tensor
 from fixtures.formats import format_of
 from fixtures.quantizers import bits_and_bytes
@@ -419,7 +420,7 @@ PLANTED: list[tuple[str, Callable[[Path], None], str]] = [
     ("bnb-nf4", faults.dropped("weight.quant_map"), CONTRADICTION),
     ("bnb-nf4", faults.dropped("weight.quant_state.bitsandbytes__nf4"), CONTRADICTION),
     ("bnb-nf4", faults.dropped("weight"), CONTRADICTION),
-    ("bnb-nf4", faults.left_in_full_precision, "quantized"),
+    ("bnb-nf4", linears.left_in_full_precision, "quantized"),
     ("bnb-nf4", faults.as_after_a_forward, "largest_error"),
     ("bnb-nf4", faults.as_after_a_forward, "coarsest"),
     ("bnb-nf4", faults.as_after_a_forward, FLAW),

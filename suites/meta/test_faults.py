@@ -132,6 +132,46 @@ def test_no_good_artifact_is_accused(victim: Target, selection: Selection, matri
     verify("checks asked of good artifacts", asked, at_least=len(outcomes) * 10)
 
 
+def test_matrix_over_all_artifacts(request: pytest.FixtureRequest, matrix: Outcomes, verify: Verify) -> None:
+    """Every fault of the catalogue was planted in an artifact that can have it, and caught in each."""
+    victims = sorted({item.callspec.params["victim"] for item in request.session.items if "victim" in _params(item)})
+    outcomes = [outcome for victim in victims for outcome in matrix(victim)]
+    by_fault = {number: [o for o in outcomes if o.fault == number] for number in range(len(FAULTS))}
+    idle = [FAULTS[number].id for number, found in by_fault.items() if not found]
+    if set(victims) == set(TARGETS):
+        verify.none_of("faults that no artifact can have", idle, among=len(FAULTS))
+    planted = sum(map(len, by_fault.values()))
+    escaped = [f"{o.target}: {FAULTS[n].id}" for n, found in by_fault.items() for o in found if not o.by]
+    verify.none_of("planted faults that escaped", escaped, among=planted)
+    names = [check.__name__ for check in CHECKS]
+    verify.table(
+        "Kill matrix over all artifacts",
+        ("entry", "fault", "artifacts", "refused", *(name.removeprefix("test_") for name in names)),
+        [
+            (
+                FAULTS[number].entry,
+                FAULTS[number].name,
+                len(found),
+                _share(sum(bool(o.refused) for o in found), len(found)),
+                *(_share(*_counts(found, name)) for name in names),
+            )
+            for number, found in by_fault.items()
+            if found
+        ],
+    )
+
+
+def _counts(outcomes: Sequence[Outcome], check: str) -> tuple[int, int]:
+    """How often a check caught a fault, of how often it was asked."""
+    asked = [cell for outcome in outcomes if (cell := _cell(outcome, check))]
+    return asked.count("killed"), len(asked)
+
+
+def _share(caught: int, of: int) -> str:
+    """``13/15``; nothing where nobody caught anything."""
+    return f"{caught}/{of}" if caught else ""
+
+
 def test_every_limit_matters(request: pytest.FixtureRequest, matrix: Outcomes, verify: Verify) -> None:
     """A limit ten times as strict accuses a good artifact, or is slack for a reason; as lax, it lets a fault escape."""
     asked = {item.callspec.params["victim"] for item in request.session.items if "victim" in _params(item)}

@@ -17,6 +17,7 @@ from fixtures.core.results import Outcome, Result, Run, Table
 from reports import store, terminal
 from reports.__main__ import main
 from reports.heatmap import heatmap
+from reports.power import power, shade
 from reports.render import LARGEST, margin_text, render
 from reports.verdict import margin, verdicts
 
@@ -444,3 +445,21 @@ def test_heatmap():
 def test_no_heatmap(columns, row):
     """A table without a number per layer and linear is only a table."""
     assert heatmap(Table("Error per layer", columns, (row,))) is None
+
+
+def test_power_of_the_checks_is_shown() -> None:
+    """What a run says of the checks' power is one section: tables of a title in one, cells that caught all or some."""
+    columns = ("fault", "test_a", "test_b")
+    rows = [("F01 a", "3/3", ""), ("F02 b", "1/3", "2/2")]
+    tables = [Table("Kill matrix over all artifacts", columns, (row,)) for row in rows]
+    found = [result(id=f"suites/meta/test_faults.py::test_{n}", target=None, tables=(t,)) for n, t in enumerate(tables)]
+    ((table, _),) = power(found)
+    assert table.rows == tuple(rows)
+    assert [shade(cell) for cell in ("3/3", "1/3", "0/3")] == ["passed", "xfailed", "none"]
+    assert [shade(cell) for cell in ("", 3, "a/b", None)] == [""] * 4
+    page = render(Run({}, tuple(found)))
+    assert "What the checks catch" in page
+    assert "<td class=passed>3/3" in page
+    assert "<td class=xfailed>1/3" in page
+    assert "The suite&#39;s own tests: 2 ok" in page
+    assert "What the checks catch" not in render(Run({}, (result(),)))
