@@ -437,7 +437,7 @@ PLANTED: list[tuple[str, Callable[[Path], None], str]] = [
     ("bnb-int8", faults.lowest_code, "recoded"),
     ("bnb-int8", faults.dropped("SCB"), CONTRADICTION),
     ("bnb-int8", faults.dropped("weight_format"), FLAW),
-    ("bnb-int8", faults.left_in_full_precision, "quantized"),
+    ("bnb-int8", linears.left_in_full_precision, "quantized"),
 ]
 HOLDS: dict[str, Callable[[Audit], bool]] = {
     "largest_error": lambda a: a.largest_error <= 1.001,
