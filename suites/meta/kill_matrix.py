@@ -125,7 +125,8 @@ class Outcome:
     fault: int  # its place in the catalogue; -1: none was planted
     killed: dict[str, list[Measurement]] = field(default_factory=dict)  # check -> what does not hold
     survived: list[str] = field(default_factory=list)  # checks that saw nothing
-    moved: set[str] = field(default_factory=set)  # limits on which the verdict of a check hangs, by a factor of ten
+    tight: set[str] = field(default_factory=set)  # limits: ten times as strict, a check that holds would fail
+    let_past: set[str] = field(default_factory=set)  # limits: ten times as lax, a check that fails would hold
     refused: str = ""  # the line that reading it ended with
     crashed: str = ""  # an exception that is no such line
 
@@ -145,7 +146,9 @@ def judged(subject: Subject, fault: int, folder: Path, limits: Limits) -> Outcom
                 outcome.survived.append(check.__name__)  # it would read the very files of the good artifact
                 continue
             broken = [m for m in evidence.ask(check, limits) if m.holds is False]
-            outcome.moved |= {name for name in names_used(check) if hangs_on(evidence, check, limits, name, not broken)}
+            hanging = {name for name in names_used(check) if hangs_on(evidence, check, limits, name, not broken)}
+            outcome.let_past |= hanging if broken else set()
+            outcome.tight |= set() if broken else hanging
             if broken:
                 outcome.killed[check.__name__] = broken
             else:

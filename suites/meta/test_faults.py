@@ -179,8 +179,8 @@ def test_every_limit_matters(request: pytest.FixtureRequest, matrix: Outcomes, v
         pytest.skip("only of the whole matrix: pytest suites/meta/test_faults.py")
     names = sorted({name for check in CHECKS for name in names_used(check)})
     outcomes = [outcome for target in TARGETS for outcome in matrix(target)]
-    strict = {name for outcome in outcomes if outcome.fault == -1 for name in outcome.moved}
-    lax = {name for outcome in outcomes if outcome.fault >= 0 and outcome.killed for name in outcome.moved}
+    strict = {name for outcome in outcomes if outcome.fault == -1 for name in outcome.tight}
+    lax = {name for outcome in outcomes if outcome.fault >= 0 for name in outcome.let_past}
     verify.none_of(
         "limits that could be ten times as strict", sorted({*names} - strict - SLACK.keys()), among=len(names)
     )
@@ -193,7 +193,7 @@ def test_every_limit_matters(request: pytest.FixtureRequest, matrix: Outcomes, v
             (
                 name,
                 SLACK.get(name, "accuses a good artifact"),
-                f"lets {sum(name in o.moved for o in outcomes if o.fault >= 0 and o.killed)} faults past a check",
+                f"lets {sum(name in o.let_past for o in outcomes if o.fault >= 0)} faults past a check",
             )
             for name in names
         ],
