@@ -45,6 +45,7 @@ class Fed:
     model: nn.Module
     decoder: Decoder
     feeds: Sequence[Feed]
+    alone: Sequence[Feed]  # the same samples one by one, in the order of the feeds' rows; the talker hears itself
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,12 @@ def fed(
     samples = [s for modality in selection.modalities_of(adapter) for s in evaluation_samples(modality)[:GAIN_SAMPLES]]
     processor = load_processor(reference)
     return [
-        Fed(model, decoder, list(calibration.feeds(adapter, model, processor, decoder, samples, device)))
+        Fed(
+            model,
+            decoder,
+            calibration.feeds(adapter, model, processor, decoder, samples, device),
+            [] if decoder.tower == "talker" else calibration.one_by_one(adapter, model, processor, samples, device),
+        )
         for decoder in adapter.decoders(reference.config)
         if decoder.tower in pair.towers
     ]
@@ -69,8 +75,8 @@ def fed(
 
 @pytest.fixture(scope="session")
 def replay_errors(fed: Sequence[Fed]) -> dict[str, float]:
-    """By tower, how far layers that run one by one, as calibration runs them, end from the model's own run."""
-    return {one.decoder.tower: replay_error(one.model, one.decoder, one.feeds) for one in fed}
+    """By tower, how far layers run one by one on calibration's batches end from the model's own run of each sample."""
+    return {one.decoder.tower: replay_error(one.model, one.decoder, one.feeds, one.alone) for one in fed if one.alone}
 
 
 @pytest.fixture(scope="session")

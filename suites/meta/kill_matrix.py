@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -180,12 +181,28 @@ def settings_touched(subject: Subject, folder: Path) -> bool:
 
 
 def touched(subject: Subject, folder: Path) -> bool:
-    """Whether a damaged copy is another than the good artifact."""
+    """Whether a damaged copy says something else than the good artifact, however it is written."""
     good, other = (
-        {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        {str(file.relative_to(path)): _meaning(file) for file in path.rglob("*") if file.is_file()}
         for path in (subject.artifact, folder)
     )
     return good != other
+
+
+def _meaning(file: Path) -> object:
+    data = file.read_bytes()
+    try:
+        if file.suffix == ".json":
+            return json.loads(data)
+        if file.suffix == ".safetensors":
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:start])
+            header.pop("__metadata__", None)
+            spans = {name: entry.pop("data_offsets") for name, entry in header.items()}
+            return {name: (header[name], data[start + a : start + b]) for name, (a, b) in spans.items()}
+    except (ValueError, AttributeError, KeyError):
+        pass
+    return data  # damaged files are compared as they are
 
 
 def planted(subject: Subject, fault: int, limits: Limits) -> Outcome:

@@ -14,6 +14,7 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.targets import Target
 from fixtures.engines.hf import TransformersEngine
 from fixtures.faults import awq_codes, tensors
+from fixtures.faults.catalogue import anywhere
 from fixtures.faults.editing import copied
 from fixtures.faults.graded import DOSES, GRADED, Graded
 from fixtures.options import Selection
@@ -68,8 +69,14 @@ def test_smallest_dose(
     verify.table("Smallest dose seen", ("artifact", "fault", "check", "dose"), rows)
 
 
-HEARD = (0.5, 0.2, 0.1, 0.05, 0.02)
+HEARD = DOSES[:8]
 SAMPLES = 24
+
+
+def seen_by_bytes(plant: object, dose: float, subject: Subject, selection: Selection, folder: Path) -> bool:
+    """Whether any check of bytes sees a dose."""
+    fault = Graded("", "", plant, anywhere)  # type: ignore[arg-type]
+    return bool(seen_by(subject, fault, dose, selection, folder))
 
 
 def taught(folder: Path, samples: Sequence[object]) -> torch.Tensor:
@@ -93,6 +100,11 @@ def test_answers_show_it_late(selection: Selection, progress: Progress, tmp_path
     )
     for place, (name, plant) in enumerate(faults):
         heard: float | None = None
+        seen = [
+            dose
+            for n, dose in enumerate(HEARD)
+            if seen_by_bytes(plant, dose, subject, selection, tmp_path / f"b{place}-{n}")
+        ]
         for number, dose in enumerate(HEARD):
             progress(f"answers: {name}", number, len(HEARD))
             damaged = copied(subject.artifact, tmp_path / f"{place}-{number}")
@@ -102,6 +114,7 @@ def test_answers_show_it_late(selection: Selection, progress: Progress, tmp_path
             if not kl > limit:
                 break
             heard = dose
-        late.append(heard is None or heard > 0.01)
+        late.append(bool(seen) and (heard is None or heard > min(seen)))
+        rows.append((name, min(seen, default=None), None, "seen in the bytes"))
     verify("faults that answers show later than bytes", sum(late), f"of {len(faults)}", at_least=len(faults))
     verify.table("Doses heard in answers", ("fault", "dose", "mean token KL", "by parity"), rows)

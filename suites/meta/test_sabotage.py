@@ -15,7 +15,8 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.faults import awq_codes, linears, records, settings, tensors
-from fixtures.faults.editing import copied
+from fixtures.faults.editing import copied, edit_tensor, set_at
+from fixtures.faults.places import vision
 from fixtures.options import Selection
 from fixtures.quantizers import calibration, quantize
 from fixtures.quantizers.cache import cached_artifact
@@ -166,6 +167,21 @@ def test_every_judged_quantity_has_a_fault(good_artifact: Path, audit: Audit) ->
 # Every int32 word unpacks to eight codes and packs to itself again, so no artifact brings this down; a wrong packing
 # routine does: test_awq_gemm.
 NOT_BY_BYTES = {("test_codes", "linears whose words do not survive unpacking and packing")}
+
+
+def test_overflow_in_a_cast_is_caught(tiny_reference: Checkpoint, good_artifact: Path, tmp_path: Path) -> None:
+    """A number beyond float16's range that a saver cast to it is lost, though a cast gives the same infinity (F07)."""
+    reference = copied(tiny_reference.path, tmp_path / "reference")
+    damaged = copied(good_artifact, tmp_path / "damaged")
+    for folder in (reference, damaged):
+        edit_tensor(folder, f"{vision(folder)}.weight", lambda weight: set_at(weight, (0, 0), 1e5))
+    verify = listener()
+    test_coverage.test_every_tensor(Pair(Checkpoint(reference), Checkpoint(damaged)), verify)
+    assert verify.conclude() == ""
+    edit_tensor(damaged, f"{vision(damaged)}.weight", lambda weight: weight.half())
+    verify = listener()
+    test_coverage.test_every_tensor(Pair(Checkpoint(reference), Checkpoint(damaged)), verify)
+    assert "1 numbers are beyond its range and became infinite" in verify.conclude()
 
 
 def test_head_of_its_own_is_missed(selection: Selection, tmp_path: Path) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fixtures.adapters import ADAPTERS
-from fixtures.audit import search_gain
+from fixtures.audit.leaks import leaked
 from fixtures.audit.pair import Pair
-from fixtures.audit.search_gain import GroupLoss, group_losses
+from fixtures.audit.search_gain import GroupLoss, group_losses, replay_error
 from fixtures.core.answers import Answer, Answers, paired
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import load_limits
@@ -24,7 +25,6 @@ from fixtures.faults import awq_codes
 from fixtures.faults.editing import copied, edit_json
 from fixtures.options import Selection
 from fixtures.quantizers import calibration
-from fixtures.quantizers.activation_aware.capture import Call, decoder_calls
 from fixtures.subjects.samples import draw
 from suites import test_calibration, test_parity
 from suites.meta.answering import CHECKS, Check, answers, ask, listener
@@ -178,10 +178,16 @@ def test_greedy_is_greedy(of_reference: dict[str, Answers], tiny_reference: Chec
 
 
 def test_nothing_right_is_not_no_drop(good: Pairs, selection: Selection) -> None:
-    """A reference that answers nothing rightly has nothing to lose: the check is skipped, not passed."""
+    """A reference that answers nothing rightly fails where it is known to; where it is not, nothing could be lost."""
     clueless = [(dataclasses.replace(a, right=False), b) for a, b in changed(good, right=lambda _: False)]
+    measured = ask(test_parity.test_task_accuracy, clueless, TARGET, "text", selection.limits)
+    assert measured["reference's accuracy"].holds is False
+    own = Target("qwen2_5_vl", "own", "awq")
     with pytest.raises(pytest.skip.Exception, match="answers none of these questions rightly"):
-        ask(test_parity.test_task_accuracy, clueless, TARGET, "text", selection.limits)
+        ask(test_parity.test_task_accuracy, clueless, own, "text", selection.limits)
+    some = [(dataclasses.replace(a, right=n == 0), b) for n, (a, b) in enumerate(clueless)]
+    measured = ask(test_parity.test_task_accuracy, some, own, "text", selection.limits)
+    assert measured["reference's accuracy"].bound is None  # of somebody's own reference nothing is known
 
 
 @pytest.fixture(scope="module")
@@ -194,31 +200,29 @@ def losses_of(tiny_reference: Checkpoint) -> Callable[[Path], list[GroupLoss]]:
     return lambda folder: list(group_losses(Pair(tiny_reference, Checkpoint(folder)), model, decoder, feeds))
 
 
-def test_lost_positions_are_caught(tiny_reference: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration that loses one axis of the positions, or a prompt's end, is caught; as it is, it is exact (F14)."""
+def test_lost_positions_are_caught(tiny_reference: Checkpoint) -> None:
+    """Calibration that loses the positions' axes, or mixes up a batch's rows, is caught; as it is, it holds (F14)."""
     model = load_model(tiny_reference, VL, torch.float32)
     (decoder,) = VL.decoders(tiny_reference.config)
     samples = [sample for asked in SAMPLES.values() for sample in asked[:8]]
-    feeds = list(calibration.feeds(VL, model, load_processor(tiny_reference), decoder, samples))
+    processor = load_processor(tiny_reference)
+    feeds: list[partial[object]] = calibration.feeds(VL, model, processor, decoder, samples)  # type: ignore[assignment]
+    alone = calibration.one_by_one(VL, model, processor, samples)
 
-    def replayed(change: Callable[[Call], Call] = lambda call: call) -> bool:
-        monkeypatch.setattr(search_gain, "decoder_calls", lambda *given: [change(c) for c in decoder_calls(*given)])
+    def replayed(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> bool:
+        changed = [partial(feed.func, **change(dict(feed.keywords))) for feed in feeds]
         verify = listener()
-        error = search_gain.replay_error(model, decoder, feeds)
+        error = replay_error(model, decoder, changed, alone)
         test_calibration.test_replay({"language_model": error}, load_limits(), verify)
         return verify.conclude() == ""
 
-    def in_order(call: Call) -> Call:
-        cos, sin = call.others["position_embeddings"]
-        turned = tuple(x.roll(1, dims=-2) for x in (cos, sin))
-        return dataclasses.replace(call, others={**call.others, "position_embeddings": turned})
+    def plain_positions(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows, tokens = inputs["input_ids"].shape
+        return {**inputs, "position_ids": torch.arange(tokens).expand(3, rows, tokens)}
 
-    def unmasked(call: Call) -> Call:
-        return dataclasses.replace(call, hidden=call.hidden.roll(1, dims=-2))
-
-    assert replayed()
-    assert not replayed(in_order)
-    assert not replayed(unmasked)
+    assert replayed(lambda inputs: inputs)
+    assert not replayed(plain_positions)
+    assert not replayed(lambda inputs: {**inputs, "input_ids": inputs["input_ids"].roll(1, dims=0)})
     verify = listener()
     test_calibration.test_replay({}, load_limits(), verify)
     assert verify.conclude()  # no decoder was replayed: nothing holds
@@ -238,7 +242,12 @@ def test_leaked_questions_are_caught(selection: Selection) -> None:
     for modality in VL.modalities:
         stolen = dataclasses.replace(asked[modality][7], id="calibration-1", answer="")
         assert not held([*good, stolen]), modality
+    respelled = [{**part, "text": part["text"].upper().rstrip(".?")} for part in asked["text"][7].content]
+    assert not held([*good, dataclasses.replace(asked["text"][7], content=tuple(respelled), answer="")])
     assert not held([])  # nothing was compared
+    longer = Sample("c", "text", ({"type": "text", "text": "What is 1 + 12?"},), answer="13")
+    shorter = Sample("q", "text", ({"type": "text", "text": "What is 1 + 1?"},))
+    assert leaked([longer], [shorter, dataclasses.replace(shorter, content=({"type": "text", "text": " "},))]) == []
 
 
 def test_a_reference_that_regressed_is_caught(good: Pairs, selection: Selection) -> None:
