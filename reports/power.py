@@ -11,6 +11,7 @@ from fixtures.core.results import Result, Table
 SHOWN = {
     "Kill matrix over all artifacts": "Every fault, in every artifact that can have it: how many each check catches.",
     "Smallest dose seen": "Faults in doses: the smallest that each check still sees, as a share.",
+    "Smallest dose heard": "Answers that go wrong, in doses: of one token, of each prompt, of a share of the prompts.",
     "Doses heard in answers": "The same faults, heard in next-token distributions.",
     "Limits times ten": "Each limit ten times as strict, and ten times as lax.",
     "Surviving mutants": "Small changes of the checks' own code that no test noticed.",
