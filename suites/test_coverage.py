@@ -11,9 +11,10 @@ from fixtures.audit import engines_view
 from fixtures.audit.coverage import LinearState, changed_tensors, folded_norms, sizes, tower_shares, unaccounted
 from fixtures.audit.pair import Pair
 from fixtures.audit.settings import differing_settings
+from fixtures.audit.splitting import widest_split
 from fixtures.core.limits import Limits
 from fixtures.core.targets import Target
-from fixtures.options import traits
+from fixtures.options import Selection, traits
 from fixtures.verifying import Verify
 
 
@@ -125,6 +126,12 @@ def test_skip_list_in_vllm(pair: Pair, verify: Verify) -> None:
     converts = engines_view.vllm_converts(pair, engines_view.skip_list(pair))
     wrong = engines_view.misjudged(pair, converts, engines_view.unserved(pair))
     verify.none_of("linears that vLLM misjudges", wrong, among=len(pair.linears), advice=advice(pair))
+
+
+def test_splits_over_gpus(pair: Pair, selection: Selection, verify: Verify) -> None:
+    """The quantized linears split over as many GPUs as are asked for (--tensor-parallel), groups and words whole."""
+    most, why = widest_split(pair)
+    verify("GPUs that the quantized linears split over", most, at_least=selection.tensor_parallel, detail=why)
 
 
 def test_settings(pair: Pair, verify: Verify) -> None:

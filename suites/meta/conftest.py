@@ -56,6 +56,7 @@ def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[..., Ver
             "recorded_scales": lambda: read_scales(artifact),
             "search_record": lambda: read_search(artifact),
             "limits": lambda: selection.limits,
+            "selection": lambda: selection,
             "target": lambda: target,
         }
         verify = listener()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fixtures.adapters import ADAPTERS
+from fixtures.adapters.base import Linear
 from fixtures.audit.coverage import changed_tensors, folded_names
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
+from fixtures.audit.splitting import widest_split
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
@@ -169,6 +172,33 @@ def test_every_judged_quantity_has_a_fault(good_artifact: Path, audit: Audit) ->
 NOT_BY_BYTES = {("test_codes", "linears whose words do not survive unpacking and packing")}
 
 
+@pytest.mark.parametrize(("group_size", "most"), [(128, 2), (64, 4), (-1, 1)])
+def test_groups_that_do_not_split(
+    group_size: int, most: int, tiny_reference: Checkpoint, selection: Selection, tmp_path: Path
+) -> None:
+    """More GPUs than o_proj's 256 inputs have groups for are refused, and so are any beyond one for rows (F13)."""
+    quantize(tiny_reference, Recipe("rtn", Scheme(4, group_size)), (), tmp_path / "artifact")
+    pair = Pair(tiny_reference, Checkpoint(tmp_path / "artifact"))
+    for gpus in (1, 2, 4, 8):
+        verify = listener()
+        test_coverage.test_splits_over_gpus(pair, replace(selection, tensor_parallel=gpus), verify)
+        assert (verify.conclude() == "") == (gpus <= most)
+    assert "o_proj" in verify.conclude()
+
+
+def test_published_sizes_split(
+    tiny_reference: Checkpoint, good_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 72B's 29568 inputs are 231 groups, which no two GPUs share; padded to 29696 they are 232, which eight do."""
+    pair = Pair(tiny_reference, Checkpoint(good_artifact))
+    for inputs, most in ((29568, 1), (29696, 8), (18944, 4), (11008, 2)):
+        down = Linear("model.layers.0.mlp.down_proj", "language_model", inputs, 8192, False)
+        monkeypatch.setattr(Pair, "linears", property(lambda _, down=down: (down,)))
+        assert widest_split(pair)[0] == most
+    monkeypatch.setattr(Pair, "linears", property(lambda _: ()))
+    assert widest_split(pair) == (0, "nothing that vLLM serves is quantized")
+
+
 def test_overflow_in_a_cast_is_caught(tiny_reference: Checkpoint, good_artifact: Path, tmp_path: Path) -> None:
     """A number beyond float16's range that a saver cast to it is lost, though a cast gives the same infinity (F07)."""
     reference = copied(tiny_reference.path, tmp_path / "reference")
@@ -216,6 +246,7 @@ def test_every_check_is_sabotaged() -> None:
         if name.startswith("test_")
     }
     elsewhere = {
+        test_coverage.test_splits_over_gpus,  # test_groups_that_do_not_split: any number of GPUs may be asked for
         test_calibration.test_search_gain,  # these three: test_sabotaged_answers
         test_calibration.test_replay,
         test_calibration.test_held_out,
