@@ -1,16 +1,34 @@
-"""``python -m reports``: the page, the verdicts or the tables of a results.json that exists already."""
+"""``python -m reports``: what a results.json says, to people and to programs, and what changed between two."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fixtures.core.errors import UserError
 from fixtures.core.results import Run
-from reports import store, tables, terminal
+from reports import changes, store, tables, terminal
+from reports.brief import brief
+from reports.compare import Comparison
+from reports.junit import junit
 from reports.render import render
+from reports.step_summary import step_summary
+
+_FORMATS: dict[str, Callable[[Run], str]] = {
+    "html": render,
+    "markdown": step_summary,
+    "junit": junit,
+    "json": brief,
+}
+_DIFFS: dict[str, Callable[[Comparison], str]] = {
+    "text": changes.text,
+    "markdown": changes.markdown,
+    "html": changes.page,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,19 +38,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.command == "readme":
             _fill(asked.readme)
             return 0
+        if asked.command == "diff":
+            _diff(asked)
+            return 0
         run = store.load(asked.results)
         if asked.command == "show":
             print(terminal.text(run))
         elif asked.command == "tables":
             print("\n".join(_tables(run, asked.title)))
         else:
-            page = asked.output or asked.results.with_name("index.html")
-            store.write(page, render(run))
-            print(page)
+            beside = asked.results.with_name("index.html") if asked.format == "html" else None
+            _deliver(_FORMATS[asked.format](run), asked.output or beside, [asked.results])
     except UserError as error:
         print(f"reports: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _diff(asked: argparse.Namespace) -> None:
+    try:
+        percent = float(asked.above.removesuffix("%"))
+    except ValueError:
+        percent = math.nan
+    if not 0 <= percent < math.inf:
+        raise UserError(f"--above {asked.above} is no percentage: write a number from 0 on, such as 5")
+    found = Comparison(store.load(asked.before), store.load(asked.after), percent / 100)
+    _deliver(_DIFFS[asked.format](found), asked.output, [asked.before, asked.after])
+
+
+def _deliver(text: str, output: Path | None, sources: Sequence[Path]) -> None:
+    """Write ``text`` to a file and say which, or else print it, as UTF-8 whatever the terminal's encoding."""
+    if output is None:
+        try:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # who reads has read enough; Python's own flush at exit must not meet the pipe again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            raise UserError(f"cannot print: {error.strerror or error}") from error
+        return
+    if any(output.resolve() == source.resolve() for source in sources):
+        raise UserError(f"-o {output} is the results.json itself, which would be lost: choose another file")
+    store.write(output, text)
+    print(output)
 
 
 def _fill(readme: Path) -> None:
@@ -53,14 +102,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the verdict on each target")
-    page = commands.add_parser("render", help="write the HTML page")
+    page = commands.add_parser("render", help="write the HTML page, or the run in another format")
     rows = commands.add_parser("tables", help="print its tables as Markdown")
     readme = commands.add_parser("readme", help="fill the tables of a README in from the runs that it names")
     readme.add_argument("readme", type=Path, metavar="README.md")
     rows.add_argument("--title", help="only the tables of this title")
     for command in (show, page, rows):
         command.add_argument("results", type=Path, metavar="results.json")
-    page.add_argument("-o", "--output", type=Path, help="the page (default: index.html beside the results)")
+    page.add_argument("--format", choices=_FORMATS, default="html", help="markdown: for the summary of a CI step")
+    page.add_argument(
+        "-o", "--output", type=Path, help="the file (default: index.html beside the results; other formats are printed)"
+    )
+    diff = commands.add_parser("diff", help="say what changed between two runs")
+    diff.add_argument("before", type=Path, metavar="A.json")
+    diff.add_argument("after", type=Path, metavar="B.json")
+    diff.add_argument("--format", choices=_DIFFS, default="text")
+    diff.add_argument(
+        "--above",
+        default="1",
+        metavar="PERCENT",
+        help="leave out numbers that changed by no more than this (default: 1)",
+    )
+    diff.add_argument("-o", "--output", type=Path, help="the file (default: it is printed)")
     return parser
 
 

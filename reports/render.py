@@ -6,7 +6,6 @@ import base64
 import hashlib
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import jinja2
 from fixtures.core.measurement import Measurement, readable
 from fixtures.core.results import Outcome, Result, Run
 from reports import verdict
+from reports.escape import printable
 from reports.heatmap import heatmap
 from reports.power import power, shade
 
@@ -46,7 +46,7 @@ _BUDGETS = (_Budget(2000, 20_000), _Budget(500, 4000), _Budget(100, 1000), _Budg
 
 def render(run: Run) -> str:
     """The report on ``run`` as one page without outside parts; what exceeds ``LARGEST`` bytes is left out."""
-    template = _environment().get_template("report.html")
+    template = environment().get_template("report.html")
     context = _context(run)
     page = ""
     for budget in _BUDGETS:
@@ -61,32 +61,15 @@ def _context(run: Run) -> dict[str, Any]:
     of_targets = [r for r in run.results if r.target_id]
     return {
         "run": run,
-        "headline": _headline(found, verdict.own(run.results)),
+        "headline": verdict.headline(run),
         "verdicts": found,
         "suites": verdict.suites(of_targets),
         "own": verdict.own(run.results),
         "power": power(run.results),
-        "unrun": _unrun(run.results),
+        "unrun": verdict.unrun(run.results),
         "anchors": _anchors(run.results),
         "script_digest": _digest("report.js"),
     }
-
-
-def _headline(found: list[verdict.Verdict], own: list[Result]) -> str:
-    if not found:
-        return f"The suite's own tests: {verdict.cell(own)}" if own else "No target was checked"
-    counts = {word: sum(v.word == word for v in found) for word in ("proved", "known bad", "disproved", "incomplete")}
-    said = [f"{count} {word}" for word, count in counts.items() if count]
-    return f"{verdict.counted(len(found), 'target')}: {', '.join(said)}"
-
-
-def _unrun(results: Iterable[Result]) -> list[tuple[str, list[Result]]]:
-    """Skipped checks by reason, the commonest first."""
-    reasons: defaultdict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        if result.outcome == "skipped":
-            reasons[result.message or "no reason given"].append(result)
-    return sorted(reasons.items(), key=lambda item: -len(item[1]))
 
 
 def _anchors(results: Iterable[Result]) -> dict[str, str]:
@@ -167,7 +150,8 @@ def moment(started: object) -> str:
     return f"{match[1]} {match[2]} UTC" if match else str(started)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates, with what they need; whatever they are given is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -183,6 +167,7 @@ def _environment() -> jinja2.Environment:
         "key": verdict.key,
         "margin": margin_text,
         "moment": moment,
+        "printable": printable,
         "shortened": shortened,
         "shade": shade,
         "shown": shown,
@@ -196,5 +181,5 @@ def _environment() -> jinja2.Environment:
 
 def _digest(script: str) -> str:
     """What the page's Content-Security-Policy names its one script by, so that no other can run."""
-    source = _environment().get_template(script).render()
+    source = environment().get_template(script).render()
     return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

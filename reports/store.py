@@ -52,6 +52,8 @@ def write(path: Path, text: str) -> None:
     Raises:
         UserError: when it cannot be written; what was at ``path`` is then still there.
     """
+    if not path.name:
+        raise UserError(f"cannot write {path}: it is a folder")
     # In the same folder, because os.replace is atomic only within a file system.
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from fixtures.core.measurement import Measurement
 from fixtures.core.results import Outcome, Result, Run
@@ -89,8 +89,7 @@ class Verdict:
         match self.word:
             case "disproved":
                 first = self.failures[0]
-                why = next((str(m) for m in broken(first)), _first_line(first.message) or first.check)
-                return f"is disproved: {len(self.failures)} of {checks} failed ({why})."
+                return f"is disproved: {len(self.failures)} of {checks} failed ({why(first) or first.check})."
             case "incomplete":
                 return f"is neither proved nor disproved by {checks}: {', '.join(self.gaps)}."
             case "known bad":
@@ -128,6 +127,40 @@ def verdicts(run: Run) -> list[Verdict]:
     return [Verdict(target, tuple(r for r in run.results if r.target_id == target), unheard) for target in targets]
 
 
+def headline(run: Run) -> str:
+    """The run in one line: ``2 targets: 1 proved, 1 disproved``."""
+    found, mine = verdicts(run), own(run.results)
+    if not found:
+        return f"The suite's own tests: {cell(mine)}" if mine else "No target was checked"
+    counts = {word: sum(v.word == word for v in found) for word in get_args(Word)}
+    said = [f"{count} {word}" for word, count in counts.items() if count]
+    return f"{counted(len(found), 'target')}: {', '.join(said)}"
+
+
+def unrun(results: Iterable[Result]) -> list[tuple[str, list[Result]]]:
+    """Skipped checks by reason, the commonest first."""
+    reasons: defaultdict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        if result.outcome == "skipped":
+            reasons[result.message or "no reason given"].append(result)
+    return sorted(reasons.items(), key=lambda item: -len(item[1]))
+
+
+def standing(result: Result) -> Outcome:
+    """The outcome as its numbers have it: a check that passed beyond a bound has failed."""
+    return "failed" if result.outcome == "passed" and broken(result) else result.outcome
+
+
+def badness(outcome: Outcome) -> int:
+    """The outcome's place among all, 0 for the worst."""
+    return list(_LABELS).index(outcome)
+
+
+def label(outcome: Outcome) -> str:
+    """The outcome in the words of the verdict table."""
+    return _LABELS[outcome]
+
+
 def suites(results: Iterable[Result]) -> list[str]:
     """The suites of ``results``: from what a checkpoint is to how it serves, then the others as they come."""
     names = list(dict.fromkeys(r.suite for r in results))
@@ -149,6 +182,11 @@ def worst(results: Iterable[Result]) -> Outcome | None:
 def broken(result: Result) -> list[Measurement]:
     """The measurements whose bound does not hold."""
     return [m for m in result.measurements if m.holds is False]
+
+
+def why(result: Result) -> str:
+    """Why a check came out as it did: the first number beyond its bound, else the first line of its message."""
+    return next((str(m) for m in broken(result)), first_line(result.message))
 
 
 def key(result: Result) -> Measurement | None:
@@ -196,6 +234,7 @@ def _held(number: int) -> str:
     return "the one bound holds" if number == 1 else f"all {number} bounds hold"
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """The first line of ``text``, cut where it is too long for a table."""
     line = text.strip().partition("\n")[0]
     return line if len(line) <= 120 else f"{line[:117]}..."
