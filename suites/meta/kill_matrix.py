@@ -13,6 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fixtures.adapters import adapter_for
 from fixtures.audit.coverage import linear_states
 from fixtures.audit.pair import Pair
@@ -232,7 +234,9 @@ def run(subjects: Sequence[Subject], limits: Limits, workers: int, progress: Pro
     outcomes = [judged(subject, -1, subject.artifact, limits) for subject in subjects]
     done = 0
     total = sum(len(faults) for _, faults in jobs)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # a process per core: threads of their own would only spin beside them
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **one_thread) as pool:  # type: ignore[arg-type]
         for future in as_completed([pool.submit(_share, subject, faults, limits) for subject, faults in jobs]):
             outcomes += future.result()
             done += len(future.result())
