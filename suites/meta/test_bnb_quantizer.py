@@ -336,19 +336,19 @@ def test_weights_that_cannot_be_quantized(kind: str, value: float, tiny_referenc
     damaged = copied(tiny_reference.path, tmp_path / "reference")
     edit_tensor(
         damaged,
-        f"{faults.LINEAR}.weight",
+        f"{LINEAR}.weight",
         lambda weight: weight.index_put((torch.tensor(3),), torch.tensor(value).to(weight)),
     )
 
     said = wanted_refusal(Checkpoint(damaged), kind, tmp_path / "artifact")
-    assert f"{faults.LINEAR}: bitsandbytes cannot quantize it" in said
+    assert f"{LINEAR}: bitsandbytes cannot quantize it" in said
     assert ("65504" in said) == (kind == "bnb-int8")
 
 
 def test_huge_weights_in_4_bits(tiny_reference: Checkpoint, tmp_path: Path) -> None:
     """A weight beyond float16's range is no trouble in 4 bits: absmax is a float32."""
     large = copied(tiny_reference.path, tmp_path / "reference")
-    edit_tensor(large, f"{faults.LINEAR}.weight", lambda weight: weight * 1e30)
+    edit_tensor(large, f"{LINEAR}.weight", lambda weight: weight * 1e30)
     reference = Checkpoint(large)
     bits_and_bytes.write(reference, VL, Recipe("bnb-nf4"), tmp_path / "artifact", skip=skip_list(reference))
 
@@ -361,7 +361,7 @@ def test_missing_weight(tiny_reference: Checkpoint, tmp_path: Path) -> None:
     faults.dropped("weight")(damaged)
 
     said = wanted_refusal(Checkpoint(damaged), "bnb-nf4", tmp_path / "artifact")
-    assert said.endswith(f"lacks {faults.LINEAR}.weight, which transformers makes up; copy it again")
+    assert said.endswith(f"lacks {LINEAR}.weight, which transformers makes up; copy it again")
 
 
 def test_reference_that_does_not_load(omni: Checkpoint, tmp_path: Path) -> None:
@@ -377,6 +377,7 @@ def test_reference_that_does_not_load(omni: Checkpoint, tmp_path: Path) -> None:
 
 # Faults
 
+LINEAR = "model.layers.1.mlp.gate_proj"
 FLAW, CONTRADICTION, SHAPE = "flaws", "contradictions", "misshapen"
 PLANTED: list[tuple[str, Callable[[Path], None], str]] = [
     ("bnb-nf4", faults.nibbles_swapped, "largest_error"),
