@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -139,14 +139,21 @@ class Outcome:
         return {*self.killed, *({REFUSED} if self.refused else ())}
 
 
-def judged(subject: Subject, fault: int, folder: Path, limits: Limits) -> Outcome:
-    """Ask every check that applies of an artifact; ``test_settings`` only where a file that it reads is another."""
+def judged(
+    subject: Subject, fault: int, folder: Path, limits: Limits, changed: Collection[str] | None = None
+) -> Outcome:
+    """Ask every check that applies of an artifact.
+
+    ``changed`` are the files that differ from the good artifact's, where that is known: ``test_settings`` is only asked
+    where it would read one of them.
+    """
+    settings_as_they_were = changed is not None and not any(map(is_setting, changed))
     outcome = Outcome(subject.target, fault)
     try:
         evidence = Evidence(subject, folder)
         for check in subject.checks:
-            if check is test_coverage.test_settings and fault >= 0 and not settings_touched(subject, folder):
-                outcome.survived.append(check.__name__)  # it would read the very files of the good artifact
+            if check is test_coverage.test_settings and settings_as_they_were:
+                outcome.survived.append(check.__name__)
                 continue
             broken = [m for m in evidence.ask(check, limits) if m.holds is False]
             hanging = {name for name in names_used(check) if hangs_on(evidence, check, limits, name, not broken)}
@@ -171,24 +178,22 @@ def hangs_on(evidence: Evidence, check: Check, limits: Limits, name: str, holds:
     )
 
 
-def settings_touched(subject: Subject, folder: Path) -> bool:
-    """Whether a damaged copy has other files than the good artifact, tensors apart."""
-    good, other = (
-        {file.name: file.read_bytes() for file in path.iterdir() if file.is_file() and file.suffix != ".safetensors"}
-        for path in (subject.artifact, folder)
-    )
-    return {name: data for name, data in good.items() if name != INDEX} != {
-        name: data for name, data in other.items() if name != INDEX
-    }
-
-
-def touched(subject: Subject, folder: Path) -> bool:
-    """Whether a damaged copy says something else than the good artifact, however it is written."""
+def differing(subject: Subject, folder: Path) -> set[str]:
+    """The files, relative to the folder, that say something else than the good artifact's, however they are written."""
     good, other = (
         {str(file.relative_to(path)): _meaning(file) for file in path.rglob("*") if file.is_file()}
         for path in (subject.artifact, folder)
     )
-    return good != other
+    return {
+        name
+        for name in good.keys() | other.keys()
+        if (name in good, good.get(name)) != (name in other, other.get(name))
+    }
+
+
+def is_setting(name: str) -> bool:
+    """Whether ``test_settings`` looks at a file: not at tensors, nor at our records in their folder."""
+    return "/" not in name and not name.endswith(".safetensors") and name != INDEX
 
 
 def _meaning(file: Path) -> object:
@@ -213,9 +218,9 @@ def planted(subject: Subject, fault: int, limits: Limits) -> Outcome:
         damaged = Path(folder) / "damaged"
         shutil.copytree(subject.artifact, damaged)
         FAULTS[fault].plant(damaged)
-        if not touched(subject, damaged):
+        if not (changed := differing(subject, damaged)):
             return Outcome(subject.target, fault, crashed="nothing was planted: the copy is as it was")
-        return judged(subject, fault, damaged, limits)
+        return judged(subject, fault, damaged, limits, changed)
 
 
 def applying(subject: Subject) -> list[int]:

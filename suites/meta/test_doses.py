@@ -14,27 +14,27 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.targets import Target
 from fixtures.engines.hf import TransformersEngine
 from fixtures.faults import awq_codes, tensors
-from fixtures.faults.catalogue import anywhere
+from fixtures.faults.catalogue import Plant
 from fixtures.faults.editing import copied
-from fixtures.faults.graded import DOSES, GRADED, Graded
+from fixtures.faults.graded import DOSES, GRADED
 from fixtures.options import Selection
 from fixtures.quantizers.layers import Progress
 from fixtures.subjects.samples import draw
 from fixtures.verifying import Verify
-from suites.meta.kill_matrix import Subject, judged, touched
+from suites.meta.kill_matrix import Subject, differing, judged
 from suites.meta.test_faults import made
 
 VICTIMS = [Target("qwen2_5_vl", "tiny", quantizer) for quantizer in ("rtn", "awq", "autoawq", "bnb-nf4", "bnb-int8")]
 VICTIMS += [Target("qwen2_5_vl", "tiny", "bnb-nf4-dq"), Target("qwen2_5_omni", "tiny", "awq")]
 
 
-def seen_by(subject: Subject, fault: Graded, dose: float, selection: Selection, folder: Path) -> set[str] | None:
-    """The checks that see a dose; None where the number format cannot even hold it."""
+def seen_by(subject: Subject, plant: Plant, selection: Selection, folder: Path) -> set[str] | None:
+    """The checks that see a fault in a dose; None where the number format cannot even hold it."""
     damaged = copied(subject.artifact, folder)
-    fault.plant(dose)(damaged)
-    if not touched(subject, damaged):
+    plant(damaged)
+    if not (changed := differing(subject, damaged)):
         return None
-    outcome = judged(subject, 0, damaged, selection.limits)
+    outcome = judged(subject, 0, damaged, selection.limits, changed)
     assert not outcome.crashed, outcome.crashed
     return outcome.by
 
@@ -51,7 +51,7 @@ def test_smallest_dose(
         progress(f"doses of {victim}", number, len(graded))
         smallest: dict[str, float] = {}
         for place, dose in enumerate(DOSES):
-            seen = seen_by(subject, fault, dose, selection, tmp_path / f"{number}-{place}")
+            seen = seen_by(subject, fault.plant(dose), selection, tmp_path / f"{number}-{place}")
             if seen is None:
                 break
             for check in seen:
@@ -71,12 +71,6 @@ def test_smallest_dose(
 
 HEARD = DOSES[:8]
 SAMPLES = 24
-
-
-def seen_by_bytes(plant: object, dose: float, subject: Subject, selection: Selection, folder: Path) -> bool:
-    """Whether any check of bytes sees a dose."""
-    fault = Graded("", "", plant, anywhere)  # type: ignore[arg-type]
-    return bool(seen_by(subject, fault, dose, selection, folder))
 
 
 def taught(folder: Path, samples: Sequence[object]) -> torch.Tensor:
@@ -101,9 +95,7 @@ def test_answers_show_it_late(selection: Selection, progress: Progress, tmp_path
     for place, (name, plant) in enumerate(faults):
         heard: float | None = None
         seen = [
-            dose
-            for n, dose in enumerate(HEARD)
-            if seen_by_bytes(plant, dose, subject, selection, tmp_path / f"b{place}-{n}")
+            dose for n, dose in enumerate(HEARD) if seen_by(subject, plant(dose), selection, tmp_path / f"b{place}-{n}")
         ]
         for number, dose in enumerate(HEARD):
             progress(f"answers: {name}", number, len(HEARD))

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,10 +28,6 @@ from suites.meta.scaled_limits import names_used
 META = Path(__file__).parent
 SEEDS = range(5)  # calibration sets that no good artifact may be accused for
 QUANTIZERS = ("rtn", "awq", "autoawq", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-int8")
-LIBRARY = {"autoawq": "awq", "bnb-nf4": "bitsandbytes", "bnb-nf4-dq": "bitsandbytes"} | {
-    "bnb-fp4": "bitsandbytes",
-    "bnb-int8": "bitsandbytes",
-}
 TARGETS = [
     *(Target("qwen2_5_vl", "tiny", quantizer) for quantizer in QUANTIZERS),
     *(Target("qwen2_5_vl", "tiny_untied", quantizer) for quantizer in ("rtn", "awq")),
@@ -43,9 +38,11 @@ Outcomes = Callable[[Target], Sequence[Outcome]]
 
 def made(target: Target, selection: Selection, seed: int = 0) -> Subject:
     """A target's good artifact; skipped where its library is absent."""
-    if (library := LIBRARY.get(target.quantizer)) and find_spec(library) is None:
-        extra = "awq-peer" if library == "awq" else "bnb"
-        pytest.skip(f'{library} is absent: pip install "quantproof[{extra}]"')
+    needed = {"autoawq": ("awq", "awq-peer")}.get(target.quantizer)
+    if target.quantizer.startswith("bnb"):
+        needed = ("bitsandbytes", "bnb")
+    if needed and find_spec(needed[0]) is None:
+        pytest.skip(f'{needed[0]} is absent: pip install "quantproof[{needed[1]}]"')
     reference = Checkpoint(subject(target.reference, selection.cache / "subjects"))
     adapter = adapter_for(reference)
     calibrated = target.quantizer.endswith("awq")
@@ -54,17 +51,17 @@ def made(target: Target, selection: Selection, seed: int = 0) -> Subject:
     return Subject(target, reference.path, cached_artifact(reference, recipe, samples, selection.cache))
 
 
-def _params(item: Any) -> dict[str, Any]:
-    found: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    return found
+def victims(request: pytest.FixtureRequest) -> list[Target]:
+    """The targets that this run asks for."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return sorted({found["victim"] for found in params if "victim" in found})
 
 
 @pytest.fixture(scope="module")
 def matrix(request: pytest.FixtureRequest, selection: Selection, progress: Progress) -> Outcomes:
     """Every fault in every target that is asked for, planted once."""
-    asked = {item.callspec.params["victim"] for item in request.session.items if "victim" in _params(item)}
     subjects = []
-    for target in sorted(asked):
+    for target in victims(request):
         try:
             subjects.append(made(target, selection))
         except pytest.skip.Exception:  # its own test says so
@@ -134,11 +131,11 @@ def test_no_good_artifact_is_accused(victim: Target, selection: Selection, matri
 
 def test_matrix_over_all_artifacts(request: pytest.FixtureRequest, matrix: Outcomes, verify: Verify) -> None:
     """Every fault of the catalogue was planted in an artifact that can have it, and caught in each."""
-    victims = sorted({item.callspec.params["victim"] for item in request.session.items if "victim" in _params(item)})
-    outcomes = [outcome for victim in victims for outcome in matrix(victim)]
+    asked = victims(request)
+    outcomes = [outcome for victim in asked for outcome in matrix(victim)]
     by_fault = {number: [o for o in outcomes if o.fault == number] for number in range(len(FAULTS))}
     idle = [FAULTS[number].id for number, found in by_fault.items() if not found]
-    if set(victims) == set(TARGETS):
+    if set(asked) == set(TARGETS):
         verify.none_of("faults that no artifact can have", idle, among=len(FAULTS))
     planted = sum(map(len, by_fault.values()))
     escaped = [f"{o.target}: {FAULTS[n].id}" for n, found in by_fault.items() for o in found if not o.by]
@@ -174,8 +171,7 @@ def _share(caught: int, of: int) -> str:
 
 def test_every_limit_matters(request: pytest.FixtureRequest, matrix: Outcomes, verify: Verify) -> None:
     """A limit ten times as strict accuses a good artifact, or is slack for a reason; as lax, it lets a fault escape."""
-    asked = {item.callspec.params["victim"] for item in request.session.items if "victim" in _params(item)}
-    if asked != set(TARGETS):
+    if set(victims(request)) != set(TARGETS):
         pytest.skip("only of the whole matrix: pytest suites/meta/test_faults.py")
     names = sorted({name for check in CHECKS for name in names_used(check)})
     outcomes = [outcome for target in TARGETS for outcome in matrix(target)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from reports.heatmap import heatmap
 from reports.power import power, shade
 from reports.render import LARGEST, margin_text, render
 from reports.verdict import margin, verdicts
+from suites.meta.pages import Page
 
 ROOT = Path(__file__).parents[2]
 GOOD = Measurement("mean token KL", 0.0124, "nats", Bound("at_most", 0.02))
@@ -42,23 +42,6 @@ def verdict(*results: Result) -> str:
     """The verdict on the one target of ``results``."""
     (found,) = verdicts(Run({}, results))
     return str(found)
-
-
-class Page(HTMLParser):
-    """The tags, ids and attributes of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def all(self, name: str) -> list[str | None]:
-        return [value for key, value in self.attributes if key == name]
 
 
 @pytest.mark.parametrize(

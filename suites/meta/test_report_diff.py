@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fixtures.core.results import Outcome, Result, Run
 from reports import changes, store
 from reports.__main__ import main
 from reports.compare import Comparison, Move, Rebound
+from suites.meta.pages import Page
 
 ROOT = Path(__file__).parents[2]
 BOUND = Bound("at_most", 0.02)
@@ -323,20 +323,6 @@ def test_odd_facts(about: str) -> None:
 
 
 # The formats
-
-
-class Page(HTMLParser):
-    """The tags and attributes of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
 
 
 def evil() -> Comparison:
