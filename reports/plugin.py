@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reports.recorder import Recorder
-from reports.stash import ABOUT, MEASUREMENTS, TABLES
+from reports.stash import ABOUT, MEASUREMENTS, MEDIA, TABLES
 from reports.store import plain
 from reports.translate import ATTRIBUTE, identity, module_of
 
@@ -48,6 +48,7 @@ def pytest_runtest_makereport(
         said = identity(item) | {
             "measurements": [m.to_json() for m in measurements],
             "tables": [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables],
+            "media": [m.to_json() for m in item.stash.get(MEDIA, [])],
         }
         vars(report)[ATTRIBUTE] = plain(said)
         properties = [(m.quantity, str(m).removeprefix(f"{m.quantity}: ")) for m in measurements]

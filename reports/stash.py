@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 
 from fixtures.core.measurement import Measurement
-from fixtures.core.results import Table
+from fixtures.core.results import Medium, Table
 
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 """On an item: all that its test measured, in the order in which it did."""
 
 TABLES = pytest.StashKey[list[Table]]()
 """On an item: rows that belong beside its measurements."""
+
+MEDIA = pytest.StashKey[list[Medium]]()
+"""On an item: pictures and sounds that belong beside them."""
 
 ABOUT = pytest.StashKey[dict[str, Any]]()
 """On the config: the subjects of the run, such as ``{"qwen2_5_vl-tiny": {"path": ..., "digest": ...}}``.

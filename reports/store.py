@@ -105,6 +105,8 @@ def _check(run: Run) -> None:
             words += [measurement.quantity, measurement.unit, measurement.detail]
             if measurement.bound is not None and measurement.bound.kind not in get_args(Kind):
                 raise ValueError(f"unknown bound {measurement.bound.kind!r} in {result.id!r}")
+        for medium in result.media:
+            words += [medium.name, medium.type, medium.caption]
         for table in result.tables:
             words += [table.title, *table.columns]
             if not all(isinstance(cell, str | int | float | None) for row in table.rows for cell in row):

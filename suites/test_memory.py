@@ -75,6 +75,7 @@ def test_reduction(
     verify("share of the weights saved", measured, at_least=limits("memory.reduction"))
     verify("reduction off the predicted", abs(measured - ledger), at_most=limits("memory.reduction_off"))
     verify.table("Memory in transformers", COLUMNS, [row(reference), row(artifact, measured)])
+    verify.table("Memory by tower", ("checkpoint", "tower", "kind", "GB"), [*by_tower(reference), *by_tower(artifact)])
     claim = CLAIMS.get((adapter.family, pair.layout.method))
     if claim is not None:
         verify.note("published claim", claim)
@@ -163,6 +164,12 @@ def row(one: Measured, share: float | None = None) -> tuple[str | float | None, 
     loaded = one.record.loaded
     bytes_ = (one.ledger.total, one.weights, loaded.reserved, loaded.card)
     return (one.name, "transformers", *(round(size / GB, 3) for size in bytes_), _percent(share), None)
+
+
+def by_tower(one: Measured) -> list[tuple[str, str, str, float]]:
+    """What the ledger predicts of a checkpoint, by tower and kind: 16 bits, codes, scales, ..."""
+    towers = one.ledger.by_tower()
+    return [(one.name, tower, kind, size / GB) for tower, kinds in towers.items() for kind, size in kinds.items()]
 
 
 def served_row(one: Served, share: float | None = None) -> tuple[str | float | None, ...]:

@@ -23,6 +23,7 @@ from fixtures.verifying import Verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
 
+QUANTILES = (0.01, 0.05, *(round(0.1 * i, 1) for i in range(1, 10)), 0.95, 0.99, 0.999)
 TTFT, ITL = rounds.median_of(rounds.ttft), rounds.median_of(rounds.itl)
 
 
@@ -169,6 +170,17 @@ def prompt(recorded: Recorded, most_ttft: float, most_itl: float, verify: Verify
                 ),
             )
             for condition in recorded.conditions
+        ],
+    )
+    verify.table(
+        "Latency distribution",
+        ("regime", "kernel", "latency", "quantile", "ms"),
+        [
+            (recorded.regime.name, condition, name, q, number(1e3 * rounds.quantile(values, q)))
+            for condition in recorded.conditions
+            for name, latency in (("TTFT", rounds.ttft), ("ITL", rounds.itl))
+            for values in (latency(recorded.timings(condition)),)
+            for q in QUANTILES
         ],
     )
 

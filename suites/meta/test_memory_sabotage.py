@@ -232,9 +232,11 @@ def test_every_quantity_has_a_fault(selection: Selection) -> None:
 
 def test_report_keeps_the_table(selection: Selection) -> None:
     """The memory table has a line for each checkpoint, with numbers for predicted, allocator, reserved and NVML."""
-    (table,) = said(GOOD, selection)[REDUCTION].tables
+    table, towers = said(GOOD, selection)[REDUCTION].tables
     assert [line[0] for line in table.rows] == ["reference", "artifact"]
     assert table.rows[1][2:7] == (2.831, 2.837, 2.858, 3.55, "-61.4%")
+    assert towers.rows[0] == ("reference", "language_model", "16 bits", 7000 * MIB / 1e9)
+    assert sum(size for name, _, _, size in towers.rows if name == "artifact") * 1e9 == pytest.approx(2700 * MIB)
 
 
 def test_out_of_memory_says_what_would_fit() -> None:

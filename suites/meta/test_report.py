@@ -88,7 +88,7 @@ def test_shape_on_disk(tmp_path):
     data = json.loads((tmp_path / "results.json").read_text())
 
     assert set(data) == {"schema", "run", "results"}
-    assert (data["schema"], data["run"]) == (1, {"seed": 1})
+    assert (data["schema"], data["run"]) == (2, {"seed": 1})
     assert data["results"][0]["target"] == {"family": "qwen2_5_vl", "size": "tiny", "quantizer": "awq"}
     assert data["results"][0]["measurements"] == [
         {
@@ -155,7 +155,8 @@ MEASURED = {"quantity": "q", "value": 1, "unit": "", "bound": {"at_mots": 1}, "h
         pytest.param("\ud800", "not JSON", id="not UTF-8"),
         pytest.param("[" * 100_000, "not JSON", id="deep"),
         pytest.param("[]", "not a results.json", id="list"),
-        pytest.param('{"schema": 2}', "schema 2", id="other schema"),
+        pytest.param('{"schema": 3}', "schema 3", id="newer schema"),
+        pytest.param('{"schema": true}', "schema True", id="no schema"),
         pytest.param('{"schema": 1}', "no 'run'", id="no run"),
         pytest.param('{"schema": 1, "run": 3, "results": []}', "'run' is not an object", id="run is a number"),
         pytest.param('{"schema": 1, "run": {}, "results": [{}]}', "no 'id'", id="no id"),

@@ -156,7 +156,7 @@ def test_tables_hold_every_kernel(selection: Selection) -> None:
         for rounds in (good(), what):
             check(contest_of(rounds), CLAIM, SINGLE_STREAM, selection.limits, verify)
     for table in verify.tables:
-        assert [row[1] for row in table.rows] == list(NAMES)
+        assert list(dict.fromkeys(row[1] for row in table.rows)) == list(NAMES)
         assert {len(row) for row in table.rows} == {len(table.columns)}
         assert not [cell for row in table.rows for cell in row if isinstance(cell, float) and math.isnan(cell)]
 
