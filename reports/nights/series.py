@@ -43,3 +43,32 @@ class Series:
     key: Key
     worse: Worse
     points: tuple[Point, ...]
+
+
+Verdict = Literal["steady", "improved", "regressed", "failing", "unjudged"]
+"""What a night came to: ``failing`` where checks fail or err, whatever the numbers; ``unjudged`` where nothing was."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """One night of the history, as the trend page shows it."""
+
+    name: str  # the stored run's name, as in ``Point.night``
+    kind: Kind
+    started: str  # ISO 8601, UTC
+    verdict: Verdict
+    regressed: tuple[Key, ...] = ()  # what was found to be worse that night
+    note: str = ""  # one line, such as "2 checks failed, 1 quantity regressed"
+    page: str = ""  # the address of the run's own page, relative to the trend page; empty where there is none
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A move of a baseline: somebody accepted a night, or pinned it as the frozen baseline too."""
+
+    night: str
+    kind: Kind
+    reason: str
+    when: str = ""  # ISO 8601, UTC
+    who: str = ""
+    frozen: bool = False
