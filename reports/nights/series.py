@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 Worse = Literal["up", "down", "either", "never"]
 """Which way is for the worse: a KL up, tokens per second down, a count either way; a mere fact never."""
@@ -36,13 +40,56 @@ class Point:
     value: float
 
 
+class Points(Sequence[Point]):
+    """Points kept as two columns, as the index has them: a year of 1500 quantities is half a million points.
+
+    A ``Point`` is made when it is asked for; who wants them all asks for the columns.
+    """
+
+    def __init__(self, nights: Sequence[str], values: NDArray[np.float64]) -> None:
+        self.nights = nights  # sorted
+        self.values = values  # (night,)
+
+    def __len__(self) -> int:
+        return len(self.nights)
+
+    @overload
+    def __getitem__(self, at: int) -> Point: ...
+    @overload
+    def __getitem__(self, at: slice) -> Points: ...
+    def __getitem__(self, at: int | slice) -> Point | Points:
+        if isinstance(at, slice):
+            return Points(self.nights[at], self.values[at])
+        return Point(self.nights[at], float(self.values[at]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+    def __repr__(self) -> str:
+        return f"Points({list(self)})"
+
+
 @dataclass(frozen=True)
 class Series:
     """One quantity of one kind of machine and versions, oldest night first; nights without it have no point."""
 
     key: Key
     worse: Worse
-    points: tuple[Point, ...]
+    points: Sequence[Point]
+
+    @property
+    def nights(self) -> Sequence[str]:
+        """The nights that have a value, oldest first."""
+        return self.points.nights if isinstance(self.points, Points) else [point.night for point in self.points]
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """Their values, (night,); NaN where a night's was no number."""
+        if isinstance(self.points, Points):
+            return self.points.values
+        return np.array([point.value for point in self.points], dtype=np.float64)
 
 
 Verdict = Literal["steady", "improved", "regressed", "failing", "unjudged"]
