@@ -30,11 +30,32 @@ def load(path: Path) -> Run:
     Raises:
         UserError: when there is no such file, or it is no results.json of this version.
     """
+    return parsed(read(path), path)
+
+
+def read(path: Path) -> str:
+    """The text of a file that should be a results.json.
+
+    Raises:
+        UserError: when there is no such file, or it is no text.
+    """
     try:
-        data = json.loads(read_text(path))
-        check_depth(data)
+        return read_text(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def parsed(text: str, path: Path) -> Run:
+    """The run that ``text``, the content of ``path``, says.
+
+    Raises:
+        UserError: when it is no results.json of this version.
+    """
+    try:
+        data = json.loads(text)
+        check_depth(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     try:
