@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,13 +14,14 @@ import jinja2
 from fixtures.core.measurement import Measurement, readable
 from fixtures.core.results import Outcome, Result, Run
 from reports import verdict
+from reports.charts import scripts
 from reports.escape import printable
 from reports.heatmap import heatmap
 from reports.power import power, shade
 
 LARGEST = 6_000_000  # bytes of a page
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 _BADGES: dict[Outcome, tuple[str, str]] = {  # a sign and a word, so that none speaks by colour alone
     "passed": ("✓", "ok"),
     "failed": ("✗", "failed"),
@@ -68,7 +67,7 @@ def _context(run: Run) -> dict[str, Any]:
         "power": power(run.results),
         "unrun": verdict.unrun(run.results),
         "anchors": _anchors(run.results),
-        "script_digest": _digest("report.js"),
+        "scripts": scripts(TEMPLATES / "report.js"),
     }
 
 
@@ -153,7 +152,7 @@ def moment(started: object) -> str:
 def environment() -> jinja2.Environment:
     """The templates, with what they need; whatever they are given is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -177,9 +176,3 @@ def environment() -> jinja2.Environment:
     }
     environment.globals |= {"badges": _BADGES, "counted": verdict.counted, "suites_of": verdict.suites}
     return environment
-
-
-def _digest(script: str) -> str:
-    """What the page's Content-Security-Policy names its one script by, so that no other can run."""
-    source = environment().get_template(script).render()
-    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
