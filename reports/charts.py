@@ -56,7 +56,8 @@ def scripts(*files: Path, later: Path | None = None) -> tuple[Script, ...]:
     """``files`` as a page's scripts, in this order; hand them to its template as ``scripts``.
 
     ``head.html`` names their hashes in the page's Content-Security-Policy, ``scripts.html`` inlines them; it belongs at
-    the end of the body. ``later`` is inlined as text that charts.js runs when the first chart is to be drawn: takes a second of a slow machine, which a page that opens should not wait for.
+    the end of the body. ``later`` is inlined as text that charts.js runs when the first chart is to be drawn: Plotly
+    takes a second of a slow machine, which a page that opens should not wait for.
     """
     loaded = tuple(map(script, files))
     return loaded if later is None else (Script(script(later).source, later=True), *loaded)

@@ -1,4 +1,4 @@
-"""What prompts showed and what was said, beside the numbers: the worst tokens in context, pictures, sounds, waveforms."""
+"""What prompts showed and what was said, beside the numbers: worst tokens in context, pictures, sounds, waveforms."""
 
 from __future__ import annotations
 

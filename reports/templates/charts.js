@@ -28,7 +28,7 @@ const charts = (() => {
   };
 
   const themed = (data, layout) => {
-    const style = getComputedStyle(document.documentElement);
+    const style = getComputedStyle(document.body);
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     for (const trace of data) {
       if (trace.hue === undefined) continue;
@@ -80,14 +80,24 @@ const charts = (() => {
     },
     { rootMargin: "300px" },
   );
-  for (const plot of plots()) watcher.observe(plot);
+  for (const plot of plots()) {
+    plot.style.height = `${plot.dataset.height ?? 20}rem`; // before it is drawn, so that nothing moves when it is
+    watcher.observe(plot);
+  }
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
 
-  // Paper is white and of its own width: whatever was not looked at yet is drawn for it, and all is drawn back after.
+  // Paper is white and of its own width: whatever was not looked at yet is drawn for it, and drawn back afterwards.
   const paper = (printing) => {
     document.documentElement.classList.toggle("paper", printing);
-    for (const plot of printing ? plots() : drawn) if (plot.offsetParent) draw(plot);
+    for (const plot of printing ? plots() : drawn) {
+      plot.style.width = printing ? "42rem" : "";
+      if (plot.offsetParent) draw(plot);
+      else if (!printing) { // folded: to be drawn again when it is opened
+        drawn.delete(plot);
+        watcher.observe(plot);
+      }
+    }
   };
   addEventListener("beforeprint", () => paper(true));
   addEventListener("afterprint", () => paper(false));

@@ -46,6 +46,32 @@
   addEventListener("hashchange", reveal);
   reveal();
 
+  // Rows beyond the first are data until their table is opened.
+  let later;
+  const complete = (table) => {
+    const key = table.dataset.more;
+    if (!key) return;
+    delete table.dataset.more;
+    later ??= JSON.parse(document.getElementById("rows").textContent);
+    const columns = later[key];
+    const rows = document.createDocumentFragment();
+    for (let at = 0; at < columns[0][0].length; at++) {
+      const row = document.createElement("tr");
+      for (const [values, texts] of columns) {
+        const cell = row.insertCell();
+        const value = texts ? texts[values[at]] : values[at];
+        if (typeof value === "number") cell.className = "n";
+        cell.textContent = value ?? "-";
+      }
+      rows.append(row);
+    }
+    table.tBodies[0].append(rows);
+  };
+  for (const details of document.querySelectorAll("details.data")) {
+    const table = details.querySelector("table[data-more]");
+    if (table) details.addEventListener("toggle", () => details.open && complete(table));
+  }
+
   // Click a column's header to sort by it; numbers as numbers, what has no value last.
   for (const table of document.querySelectorAll("table.sortable")) {
     const body = table.tBodies[0];
@@ -56,6 +82,7 @@
       header.replaceChildren(button);
       header.setAttribute("aria-sort", "none");
       button.addEventListener("click", () => {
+        complete(table);
         const down = header.getAttribute("aria-sort") === "descending";
         for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
         header.setAttribute("aria-sort", down ? "ascending" : "descending");
@@ -78,7 +105,7 @@
   // On paper, every check is open; tables of data stay as they are.
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll(".check:not([open]), .own:not([open]), .reason:not([open])")];
+    opened = [...document.querySelectorAll(".check:not([open]), .own:not([open]), .reason:not([open]), .charts:not([open])")];
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => {
