@@ -61,7 +61,7 @@ def divergence(results: Sequence[Result]) -> Chart | None:
         finding=" ".join(_spread(name, sorted(found)) for name, found in bins.items()),
         traces=[_steps(at, name, sorted(found)) for at, (name, found) in enumerate(bins.items())],
         layout={
-            "xaxis": {"type": "log", "title": {"text": "nats, log scale"}, "exponentformat": "power"},
+            "xaxis": {"type": "log", "title": {"text": "nats, log scale"}, "exponentformat": "power", "dtick": 1},
             "yaxis": {"title": {"text": "share of tokens"}, "tickformat": ".0%", "rangemode": "tozero"},
         },
         sources=distinct(sources),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -68,14 +69,11 @@ def meters(results: Sequence[Result]) -> Chart | None:
                 sources.append(result)
     if not rows:
         return None
-    said = [
-        f"{name}: {', '.join(f'{m[:-3]} {readable(s)}' for m, s in zip(_METERS, sizes, strict=True) if s is not None)}."
-        for name, sizes in rows.items()
-    ]
+    said = [f"{name}: {readable(sizes[1])} GB." for name, sizes in rows.items() if sizes[1] is not None]
     return Chart(
         name="memory",
         title="Memory of the GPU, in GB, by who counts it",
-        finding=" ".join(said),
+        finding=f"Handed out by the allocator: {' '.join(said)}" if said else "The allocator was not asked.",
         traces=[
             bar(
                 at,
@@ -126,10 +124,10 @@ def throughput(results: Sequence[Result]) -> Chart | None:
                 "type": "scatter",
                 "mode": "markers",
                 "name": text(name),
-                "hue": at,
+                "hue": at + 1,  # the first colour is FP16's, here the line at 1
                 "x": [ratio for _, ratio, *_ in rows],
                 "y": [text(regime) for regime, *_ in rows],
-                "marker": {"symbol": SYMBOLS[at % len(SYMBOLS)], "size": 10},
+                "marker": {"symbol": SYMBOLS[(at + 1) % len(SYMBOLS)], "size": 10},
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
@@ -181,7 +179,7 @@ def waits(results: Sequence[Result], latency: str) -> Chart | None:
             for (kernel, regime), points in lines.items()
         ],
         layout={
-            "xaxis": {"type": "log", "title": {"text": "ms, log scale"}},
+            "xaxis": {"type": "log", "title": {"text": "ms, log scale"}} | _ticks(lines),
             "yaxis": {"title": {"text": "share"}, "tickformat": ".0%", "range": [0, 1.02]},
         },
         sources=sources,
@@ -206,6 +204,14 @@ def _distributions(results: Sequence[Result], latency: str) -> tuple[_Lines, tup
                     lines[str(row["kernel"]), str(row["regime"])][int(match[2]) / 100] = ms
                     sources.append(result)
     return lines, distinct(sources)
+
+
+def _ticks(lines: _Lines) -> dict[str, object]:
+    """1, 2, 5, 10, ... where there are values: by itself Plotly labels a logarithmic axis with lone digits."""
+    values = [ms for points in lines.values() for ms in points.values()]
+    decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 3, 5, 7)]
+    return {"tickvals": ticks, "ticktext": [readable(tick) for tick in ticks]}
 
 
 def _at(points: dict[float, float], quantile: float) -> float:

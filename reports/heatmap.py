@@ -12,6 +12,7 @@ from reports.charts import Chart, number, text
 
 _NUMBERED = re.compile(r"(.*?)[.\s/]*(\d+)")
 _FEW = 12  # layers; cells of a map this narrow have room for their number
+_ALIKE = 0.05  # of the highest value: what differs by less has one colour
 _PLACES = ("linear", "group")
 _SAYS = {  # what a title measures, and what a reader should hold it against
     "Error per layer": "largest rounding error, in half steps of the grid: up to 1 is what rounding may cost",
@@ -66,7 +67,7 @@ def _finding(towers: dict[str, _Places], unit: str) -> str:
 
 def _trace(at: int, tower: str, places: _Places, unit: str) -> dict[str, object]:
     layers, linears = _layers(places), _linears(places)
-    few = {"texttemplate": "%{z:.2g}"} if len(layers) <= _FEW else {}
+    few = {"texttemplate": "%{z:.3g}"} if len(layers) <= _FEW else {}
     axis = str(at + 1) if at else ""
     return {
         "type": "heatmap",
@@ -88,7 +89,11 @@ def _trace(at: int, tower: str, places: _Places, unit: str) -> dict[str, object]
 def _layout(towers: dict[str, _Places], unit: str) -> dict[str, object]:
     """An axis of layers and one of linears per tower, one above the other, as high as they have linears."""
     sizes = [len(_linears(places)) + 2 for places in towers.values()]  # two for the axis's own text
-    layout: dict[str, object] = {"coloraxis": {"colorbar": {"title": {"text": text(unit), "side": "right"}}}}
+    colours: dict[str, object] = {"colorbar": {"title": {"text": text(unit), "side": "right"}}}
+    values = [value for places in towers.values() for value in places.values()]
+    if max(values) - min(values) < _ALIKE * abs(max(values)):  # else a thousandth would look like all the difference
+        colours |= {"cmin": min(0.0, *values), "cmax": max(0.0, *values)}
+    layout: dict[str, object] = {"coloraxis": colours}
     top = 1.0
     for at, (name, size) in enumerate(zip(towers, sizes, strict=True)):
         axis, share = str(at + 1) if at else "", size / sum(sizes)
