@@ -32,7 +32,7 @@ def drift(results: Sequence[Result]) -> Chart | None:
         title="Hidden-state drift: error relative to the reference's state, after each layer",
         finding=f"It is highest for {kind}, after layer {readable(layer)}: {readable(worst)}. After the last: {ends}.",
         traces=[
-            line(at, name, *zip(*sorted(points), strict=True), hovertemplate="layer %{x}: %{y:.4g}")
+            line(at, name, *zip(*sorted(points), strict=True), hovertemplate="layer %{x}: %{y:.4~g}")
             for at, (name, points) in enumerate(lines.items())
         ],
         layout={
@@ -119,7 +119,7 @@ def sensitivity(results: Sequence[Result]) -> Chart | None:
                 [text(name) for _, name, *_ in shown],
                 orientation="h",
                 customdata=saved,
-                hovertemplate="%{y}: %{x:.4g} nats, %{customdata}<extra></extra>",
+                hovertemplate="%{y}: %{x:.4~g} nats, %{customdata}<extra></extra>",
             )
         ],
         layout={
@@ -156,7 +156,7 @@ def mixed(results: Sequence[Result]) -> Chart | None:
                 [size for size, *_ in steps],
                 [cost for _, cost, *_ in steps],
                 customdata=[text(kept, 200) for _, _, kept, _ in steps],
-                hovertemplate="kept: %{customdata}<br>%{x:.4g} MB, %{y:.4g} nats<extra></extra>",
+                hovertemplate="kept: %{customdata}<br>%{x:.4~g} MB, %{y:.4~g} nats<extra></extra>",
             )
         ],
         layout={

@@ -43,7 +43,7 @@ def ledger(results: Sequence[Result]) -> Chart | None:
                 [sizes.get(name, 0) for name in totals],
                 [text(name) for name in totals],
                 orientation="h",
-                hovertemplate="%{fullData.name}: %{x:.4g} GB<extra></extra>",
+                hovertemplate="%{fullData.name}: %{x:.4~g} GB<extra></extra>",
             )
             for at, (part, sizes) in enumerate(towers.items())
         ],
@@ -81,7 +81,7 @@ def meters(results: Sequence[Result]) -> Chart | None:
                 [sizes[at] for sizes in rows.values()],
                 [text(name) for name in rows],
                 orientation="h",
-                hovertemplate="%{fullData.name}: %{x:.4g} GB<extra></extra>",
+                hovertemplate="%{fullData.name}: %{x:.4~g} GB<extra></extra>",
             )
             for at, meter in enumerate(_METERS)
         ],
@@ -173,7 +173,7 @@ def waits(results: Sequence[Result], latency: str) -> Chart | None:
                 f"{kernel}, {regime}",
                 [ms for _, ms in sorted(points.items())],
                 [quantile for quantile, _ in sorted(points.items())],
-                hovertemplate="%{fullData.name}: %{y:.1%} within %{x:.4g} ms<extra></extra>",
+                hovertemplate="%{fullData.name}: %{y:.1%} within %{x:.4~g} ms<extra></extra>",
             )
             | {"line": {"dash": DASHES[regimes.index(regime) % len(DASHES)], "width": 2}}
             for (kernel, regime), points in lines.items()

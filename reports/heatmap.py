@@ -67,7 +67,7 @@ def _finding(towers: dict[str, _Places], unit: str) -> str:
 
 def _trace(at: int, tower: str, places: _Places, unit: str) -> dict[str, object]:
     layers, linears = _layers(places), _linears(places)
-    few = {"texttemplate": "%{z:.3g}"} if len(layers) <= _FEW else {}
+    few = {"texttemplate": "%{z:.3~g}"} if len(layers) <= _FEW else {}
     axis = str(at + 1) if at else ""
     return {
         "type": "heatmap",
@@ -76,7 +76,7 @@ def _trace(at: int, tower: str, places: _Places, unit: str) -> dict[str, object]
         "y": [text(linear) for linear in linears],
         "z": [[places.get((linear, layer)) for layer in layers] for linear in linears],
         "meta": text(unit),
-        "hovertemplate": "<b>%{fullData.name} layer %{x} %{y}</b><br>%{z:.4g} %{meta}<extra></extra>",
+        "hovertemplate": "<b>%{fullData.name} layer %{x} %{y}</b><br>%{z:.4~g} %{meta}<extra></extra>",
         "hoverongaps": False,
         "coloraxis": "coloraxis",
         "xgap": 1 if len(layers) <= 100 else 0,

@@ -20,7 +20,7 @@
     let shown = 0;
     for (const check of checks) {
       const fits = outcome === "all" || outcome.split(" ").includes(check.dataset.outcome);
-      check.hidden = !(fits && wordsOf(check).includes(text));
+      check.hidden = !(fits && (!text || wordsOf(check).includes(text)));
       shown += !check.hidden;
     }
     for (const group of groups) group.hidden = !group.querySelector(".check:not([hidden])");
@@ -67,13 +67,9 @@
     }
     table.tBodies[0].append(rows);
   };
-  for (const details of document.querySelectorAll("details.data")) {
-    const table = details.querySelector("table[data-more]");
-    if (table) details.addEventListener("toggle", () => details.open && complete(table));
-  }
 
   // Click a column's header to sort by it; numbers as numbers, what has no value last.
-  for (const table of document.querySelectorAll("table.sortable")) {
+  const sortable = (table) => {
     const body = table.tBodies[0];
     for (const header of table.tHead.rows[0].cells) {
       const button = document.createElement("button");
@@ -82,7 +78,6 @@
       header.replaceChildren(button);
       header.setAttribute("aria-sort", "none");
       button.addEventListener("click", () => {
-        complete(table);
         const down = header.getAttribute("aria-sort") === "descending";
         for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
         header.setAttribute("aria-sort", down ? "ascending" : "descending");
@@ -100,6 +95,19 @@
         body.append(...keyed.map(({ row }) => row));
       });
     }
+  };
+
+  // A table is made ready when it is first opened: a page has hundreds.
+  for (const details of document.querySelectorAll("details.data")) {
+    const ready = () => {
+      for (const table of details.querySelectorAll("table.sortable:not([data-ready])")) {
+        table.dataset.ready = "";
+        complete(table);
+        sortable(table);
+      }
+    };
+    if (details.open) ready();
+    details.addEventListener("toggle", () => details.open && ready());
   }
 
   // On paper, every check is open; tables of data stay as they are.

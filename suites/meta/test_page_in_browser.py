@@ -15,7 +15,7 @@ import pytest
 
 from fixtures.core.results import Run
 from reports.render import LARGEST, render
-from suites.meta.page_runs import EVIL, crowded, evil, illustrated
+from suites.meta.page_runs import crowded, evil, illustrated
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install axe-playwright-python")
