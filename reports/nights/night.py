@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -143,37 +144,40 @@ def report(history: History, name: str) -> Report:
     night = history.night(name)
     alike = [each for each in history.nights() if each.kind == night.kind and each.name < night.name]
     run = history.run(name)
-    against = _against(history, night, run, alike)
-    series = history.series(night.kind, night)
-    accepted, frozen = (marks.baseline(_before(history, night), night.kind, frozen=f) for f in (False, True))
-    judgement = judge(series, name, accepted and accepted.night, frozen and frozen.night)
-    strangers = [each for each in history.nights() if each.name < night.name]
-    stranger = strangers[-1] if strangers and not alike else None
-    return Report(night, run, against, judgement, stranger, tuple(history.notes))
+    accepted, frozen = (_baseline(history, night, alike, frozen=frozen) for frozen in (False, True))
+    names = [None if mark is None else mark.night for mark in (accepted, frozen)]
+    judgement = judge(history.series(night.kind, night), name, *names)
+    strangers = [each for each in history.nights() if each.name < night.name and not alike]
+    against = tuple(_against(history, run, alike, accepted, frozen))
+    return Report(night, run, against, judgement, strangers[-1] if strangers else None, tuple(history.notes))
 
 
-def _against(history: History, night: Entry, run: Run, alike: list[Entry]) -> tuple[Against, ...]:
-    """The nights that tonight is held against, the baseline first, each once; what cannot be read is said."""
-    known = {each.name: each for each in alike}
+def _baseline(history: History, night: Entry, alike: Sequence[Entry], *, frozen: bool) -> Mark | None:
+    """The mark that made a baseline of an earlier night: none is held against itself, or against what came after it."""
+    earlier = [mark for mark in history.marks if mark.night < night.name]
+    mark = marks.baseline(earlier, night.kind, frozen=frozen)
+    if mark is None or any(mark.night == each.name for each in alike):
+        return mark
+    history.notes.append(f"the {'frozen' if frozen else 'accepted'} night {mark.night} is not among the runs any more")
+    return None
+
+
+def _against(
+    history: History, run: Run, alike: Sequence[Entry], accepted: Mark | None, frozen: Mark | None
+) -> Iterator[Against]:
+    """The nights that tonight is held against, the baseline first, each once."""
+    if not alike:
+        return
     roles: dict[str, tuple[str, Mark | None]] = {}
-    for frozen in (False, True):
-        mark = marks.baseline(_before(history, night), night.kind, frozen=frozen)
-        if mark is not None and mark.night in known:
-            roles.setdefault(mark.night, ("frozen" if frozen else "accepted", mark))
-        elif mark is not None and mark.night != night.name:
-            history.notes.append(f"the {'frozen' if frozen else 'accepted'} night {mark.night} is not among the runs")
-    if not roles and alike:
-        roles[alike[0].name] = ("first", None)
-    if alike:
-        roles.setdefault(alike[-1].name, ("last", None))
-    return tuple(
-        Against(role, known[name], Comparison(history.run(name), run), mark) for name, (role, mark) in roles.items()
-    )
-
-
-def _before(history: History, night: Entry) -> list[Mark]:
-    """Moves of a baseline to this night or an earlier one: a night is not held against what came after it."""
-    return [mark for mark in history.marks if mark.night <= night.name]
+    for role, mark in (("accepted", accepted), ("frozen", frozen)):
+        if mark is not None:
+            roles.setdefault(mark.night, (role, mark))
+    if accepted is None:
+        roles.setdefault(alike[0].name, ("first", None))
+    roles.setdefault(alike[-1].name, ("last", None))
+    known = {each.name: each for each in alike}
+    for name, (role, mark) in roles.items():
+        yield Against(role, known[name], Comparison(history.run(name), run), mark)
 
 
 def _unseen(result: Result) -> Result:
