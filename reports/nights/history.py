@@ -185,6 +185,7 @@ class History:
         try:
             return question(self._index)
         except (sqlite3.DatabaseError, ValueError, KeyError):
+            self.notes.append(f"{self._path} was made anew from the runs: it was damaged")
             self.rebuild()
             return question(self._index)
 
