@@ -1,9 +1,10 @@
-"""What a quantity is when nothing is wrong: its level since somebody accepted it, and how far nights differ by chance."""
+"""What a quantity is when nothing is wrong: its level since it was accepted, and how far nights differ by chance."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,8 @@ def learn(history: Floats, accepted: int, prior: Floats, smallest: Floats) -> Ba
     A level is the median of up to ``NIGHTS`` nights, the accepted one first. A night teaches it only while it is within
     ``ADMITTED`` standard deviations of what the ones before taught: what regressed never becomes what is expected. The
     noise comes from the steps between neighbouring nights, which a shift of the level or a single bad night hardly
-    touches, and from the policy's as if that were known from ``PRIOR_FREEDOM`` nights (moderated variances: Smyth 2004).
+    touches, and from the policy's, as if that were known from ``PRIOR_FREEDOM`` nights (moderated variances: Smyth
+    2004).
 
     Args:
         history: (night, series) on the policy's scale, oldest first, without tonight; NaN where there is no value.
@@ -58,7 +60,7 @@ def learn(history: Floats, accepted: int, prior: Floats, smallest: Floats) -> Ba
     since = _packed(history[accepted:])[:NIGHTS]
     level = since[0].copy() if len(since) else np.full(history.shape[1], np.nan)
     taught = np.isfinite(since)
-    for start, end in zip(_BLOCKS[1:], _BLOCKS[2:], strict=False):
+    for start, end in pairwise(_BLOCKS[1:]):
         block = slice(start, min(end, len(since)))
         if start >= len(since):
             break
@@ -67,7 +69,8 @@ def learn(history: Floats, accepted: int, prior: Floats, smallest: Floats) -> Ba
         taught[block] &= np.abs(since[block] - level) <= within + 1e-12 * np.abs(level)
         level = _median(np.where(taught[: block.stop], since[: block.stop], np.nan))
     nights = taught.sum(0).astype(float)
-    high, low = np.where(taught, since, -np.inf).max(0, initial=-np.inf), np.where(taught, since, np.inf).min(0, initial=np.inf)
+    high = np.where(taught, since, -np.inf).max(0, initial=-np.inf)
+    low = np.where(taught, since, np.inf).min(0, initial=np.inf)
     constant = (nights >= CONSTANT_FROM) & (high - low <= STILL * smallest)
     return Baseline(level, nights, noise, freedom, constant)
 
@@ -92,9 +95,13 @@ def _packed(values: Floats) -> Floats:
 
 
 def _median(values: Floats) -> Floats:
-    """The median of each column over what is not NaN; NaN of none. (numpy's own is ten times slower.)"""
+    """The median of each column over what is not NaN; NaN of none. numpy's own takes ten times as long."""
     ordered = np.sort(values, axis=0)  # NaN last
     count = np.isfinite(ordered).sum(0)
     low, high = np.maximum(count - 1, 0) // 2, count // 2
-    pick = lambda at: np.take_along_axis(ordered, np.minimum(at, len(ordered) - 1)[None], axis=0)[0]  # noqa: E731
-    return np.where(count > 0, (pick(low) + pick(high)) / 2, np.nan)
+
+    def at(row: NDArray[np.intp]) -> Floats:
+        found: Floats = np.take_along_axis(ordered, np.minimum(row, len(ordered) - 1)[None], axis=0)[0]
+        return found
+
+    return np.where(count > 0, (at(low) + at(high)) / 2, np.nan)

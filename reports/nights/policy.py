@@ -82,5 +82,5 @@ def worse_of(quantity: str, unit: str) -> Worse:
 
 
 def _rule(table: dict[str, Any]) -> Rule:
-    patterns = {name: re.compile(table.pop(name, "")) for name in ("quantity", "unit")}
-    return Rule(**patterns, **table)
+    given: dict[str, Any] = table | {name: re.compile(table.get(name, "")) for name in ("quantity", "unit")}
+    return Rule(**given)

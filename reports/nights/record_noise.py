@@ -1,0 +1,69 @@
+"""Noise as runs recorded it, into ``noise.json``: ``python -m reports.nights.record_noise RESULTS.json ...``.
+
+The simulation draws from that file. Give it repeats of one thing on one machine, oldest first, and the error rates that
+it prints are those of your machine: ``python -m reports.nights.simulation --noise FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fixtures.core.results import Run
+from reports import store
+
+TIMED = ("ms", "s", "GB/s", "tokens/s", "requests/s")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--how", required=True, help="what was run, and beside what")
+    parser.add_argument("--intervals", nargs="*", type=Path, default=[], help="runs whose tables of throughput to read")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    asked = parser.parse_args(arguments)
+    runs = [store.load(file) for file in asked.results]
+    found = {"repeats": repeats(runs, asked.how), "intervals": [r for f in asked.intervals for r in intervals(f)]}
+    store.write(asked.output, json.dumps(found, indent=1) + "\n")
+
+
+def repeats(runs: Sequence[Run], how: str) -> dict[str, Any]:
+    """Every timed quantity that all runs have, run after run, as logarithms less their median, in percent."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        for result in run.results:
+            for m in result.measurements:
+                if m.unit in TIMED:
+                    values[f"{result.check} {result.case}: {m.quantity}, {m.unit}"].append(math.log(m.value))
+    whole = {name: logs for name, logs in values.items() if len(logs) == len(runs)}
+    about = runs[-1].about
+    return {
+        "how": how,
+        "machine": about.get("machine"),
+        "versions": about.get("versions"),
+        "series": {name: [round(100 * (x - sorted(v)[len(v) // 2]), 2) for x in v] for name, v in whole.items()},
+    }
+
+
+def intervals(file: Path) -> list[dict[str, Any]]:
+    """The ratios of tokens per second to FP16's, of six rounds each, with their 95 % intervals, that a run's tables hold."""
+    found = []
+    for result in store.load(file).results:
+        for table in result.tables:
+            if table.title != "Throughput":
+                continue
+            at = {name: table.columns.index(name) for name in ("regime", "kernel", "low", "high")}
+            for row in table.rows:
+                if row[at["low"]] is not None:
+                    found.append({name: row[place] for name, place in at.items()} | {"file": file.name})
+    return found
+
+
+if __name__ == "__main__":
+    main()
