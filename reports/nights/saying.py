@@ -136,8 +136,7 @@ def _checkpoints(report: Report) -> Iterator[str]:
 
 def _unsure(report: Report) -> Iterator[str]:
     found = report.judgement
-    if found.suspects:
-        yield f"{verdict.counted(len(found.suspects), 'number')} would be worse if the next night says so, too"
+    yield from _listed("worse, if the next night says so, too", map(_finding, found.suspects))
     if found.insufficient:
         yield f"{verdict.counted(len(found.insufficient), 'number')} had too few nights to tell noise from change"
 
