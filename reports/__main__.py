@@ -15,6 +15,7 @@ from reports import changes, store, tables, terminal
 from reports.brief import brief
 from reports.compare import Comparison
 from reports.junit import junit
+from reports.nights import commands as nights
 from reports.render import render
 from reports.step_summary import step_summary
 
@@ -32,9 +33,12 @@ _DIFFS: dict[str, Callable[[Comparison], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 when what was given is wrong."""
+    """Run the command line; 0 when all went well, 1 when a night regressed, 2 when what was given is wrong."""
     asked = _parser().parse_args(arguments)
     try:
+        if "run" in asked:  # of nights
+            code: int = asked.run(asked)
+            return code
         if asked.command == "readme":
             _fill(asked.readme)
             return 0
@@ -124,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out numbers that changed by no more than this (default: 1)",
     )
     diff.add_argument("-o", "--output", type=Path, help="the file (default: it is printed)")
+    nights.add_to(commands)
     return parser
 
 

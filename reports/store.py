@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -87,7 +88,8 @@ def write(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none there is no draft either
+            draft.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The folder of nights: whole results.json files under names that sort by time and hold the digest of what they name."""
+"""The folder of nights: whole results.json files under names that sort by time and hold a digest."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Archive:
         """Copy a results.json into the archive; who calls holds the lock.
 
         Raises:
-            UserError: when it is none, says not when it started, has no result, or cannot be written. Then nothing changed.
+            UserError: when it is none, says not when it started, has no result, or cannot be written; nothing changed.
         """
         text = store.read(source)
         run = store.parsed(text, source)

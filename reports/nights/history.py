@@ -111,7 +111,7 @@ class History:
         return self.archive.load(name)
 
     def series(self, kind: Kind, until: Entry | None = None) -> list[Series]:
-        """Every quantity of a kind of machine and versions; ``until`` a night, of the checkpoints of that night only."""
+        """Every quantity of a kind of machine and versions; ``until`` a night, of that night's checkpoints only."""
         if until is None:
             return self._asked(lambda index: index.series(kind))
         return self._asked(lambda index: index.series(kind, until.name, until.subjects))
@@ -185,6 +185,7 @@ class History:
         try:
             return question(self._index)
         except (sqlite3.DatabaseError, ValueError, KeyError):
+            self.notes.append(f"{self._path} was made anew from the runs: it was damaged")
             self.rebuild()
             return question(self._index)
 
@@ -196,7 +197,8 @@ class History:
             raise UserError(f"cannot delete {self._path}: {error.strerror or error}; delete it by hand") from error
 
     def _sweep(self) -> None:
-        self.notes += [f"a night was killed while it was stored; its draft {name} is deleted" for name in self.archive.swept()]
+        for draft in self.archive.swept():
+            self.notes.append(f"a night was killed while it was stored; its draft {draft} is deleted")
 
 
 def _ailment(error: sqlite3.DatabaseError) -> str:

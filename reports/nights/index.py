@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,7 @@ def _series(
     order = np.argsort(key, kind="stable")  # stable: nights stay in their order within a key
     key, value, night = key[order], value[order], night[order]
     starts = np.flatnonzero(np.diff(key, prepend=-1)).tolist()
-    for start, end in zip(starts, [*starts[1:], len(key)], strict=True):
+    for start, end in pairwise((*starts, len(key))):
         which, bounds = keys[int(key[start])]
         there = names if end - start == len(names) else [names[n] for n in night[start:end].tolist()]
         yield Series(which, worse(which, bounds), Points(there, value[start:end]))

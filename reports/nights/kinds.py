@@ -27,7 +27,7 @@ _ARTIFACT = "_artifact"  # ends the target of an artifact that was given, not ma
 
 
 def kind_of(about: Mapping[str, Any]) -> Kind:
-    """The kind of a run: its GPUs and their driver, or, without any, its CPU and cores; and the versions it ran with."""
+    """The kind of a run: its GPUs and their driver, or, without any, its CPU and cores; and its versions."""
     machine = _mapping(about.get("machine"))
     names = ("gpu", "driver") if machine.get("gpu") else ("cpu", "cores")
     versions = _mapping(about.get("versions"))

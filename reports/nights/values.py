@@ -30,7 +30,7 @@ def values(run: Run) -> dict[Key, Value]:
     """Every quantity of a run.
 
     A value held against a bound on each side is one quantity with two bounds, whether the second goes by the same name
-    or by one that only adds "at least" or "at most". Other values of one name are told apart by their place: ``KL (2)``.
+    or by one that only adds "at least" or "at most". Other values of one name are told apart by place: ``KL (2)``.
     """
     found: dict[Key, Value] = {}
     for result in run.results:
