@@ -68,11 +68,12 @@ def _standard(values: Floats) -> Floats:
     steps = np.quantile(np.abs(np.diff(values, axis=0)), 0.75, axis=0) / _QUARTILE
     floor = np.ptp(values, axis=0) * 1e-3  # a level that never moved but once has no noise of its own
     scaled = values / np.maximum(steps, floor)
-    padded = np.pad(scaled, ((2, 2), (0, 0)), mode="edge")
+    padded = np.pad(scaled, ((2, 2), (0, 0)), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 5, axis=0)
     middle = np.median(windows, axis=-1)
     drawn: Floats = np.clip(scaled, middle - _WILD, middle + _WILD)
-    return drawn - drawn.mean(0)
+    centred: Floats = drawn - drawn.mean(0)
+    return centred
 
 
 def _filled(values: Floats) -> Floats:

@@ -14,7 +14,7 @@ from fixtures.core.measurement import readable
 from reports.nights import evidence
 from reports.nights.baseline import Baseline, Floats, take
 from reports.nights.policy import rule_of
-from reports.nights.series import Key, Series
+from reports.nights.series import Key, Series, day
 from reports.nights.shifts import FEW, RATE, Flags, Policy, Shifts, baseline_of, direction, shifts
 
 
@@ -217,7 +217,7 @@ def _finding(table: Table, column: int, one: _Against, chance: float, test: str,
         "two nights": "two nights running",
         "week": "by the mean of a week",
     }[test]
-    night = "tonight" if since == table.nights[-1] else f"since {since}"
+    night = "tonight" if since == table.nights[-1] else f"since {day(since)}"
     why = f"{_change(change) or 'changed'} against {one.name} ({readable(expected)}), {seen}, {night}"
     return Finding(table.series[column].key, raw, expected, change, float(chance), why, since)
 

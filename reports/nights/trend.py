@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reports.charts import PLOTLY, embedded, scripts
+from reports.escape import inline
 from reports.nights.judging import Finding
-from reports.nights.series import Kind, Mark, Night, Series
+from reports.nights.series import Kind, Mark, Night, Series, day
 from reports.nights.trend_data import History, name_of, told
 from reports.render import TEMPLATES, environment, moment
 from reports.verdict import counted
@@ -40,7 +41,9 @@ def page(kinds: Mapping[Kind, Sequence[Series]], nights: Sequence[Night], marks:
         "headline": headline(nights, histories),
         "histories": histories,
         "sections": [_sections(history) for history in histories],
-        "nights": list(reversed(nights)),
+        "months": _months(nights),
+        "count": len(nights),
+        "day": day,
         "signs": _SIGNS,
         "kind_names": {kind: kind_name(kind) for kind in {*kinds, *(night.kind for night in nights)}},
         "data": embedded([history.data() for history in histories]),
@@ -72,6 +75,14 @@ def headline(nights: Sequence[Night], histories: Sequence[History]) -> str:
 def kind_name(kind: Kind) -> str:
     """A kind of machine and versions in one line."""
     return ", ".join(f"{name} {value}" for name, value in (*kind.machine, *kind.versions)) or "machine not told"
+
+
+def _months(nights: Sequence[Night]) -> dict[str, list[Night]]:
+    """Nights by month, the newest month first and the oldest night of a month first."""
+    found: dict[str, list[Night]] = {}
+    for night in nights:
+        found.setdefault(inline(night.started[:7]) or "no date", []).append(night)
+    return dict(reversed(found.items()))
 
 
 def _sections(history: History) -> list[tuple[str, str, Sequence[Finding]]]:

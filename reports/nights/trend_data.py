@@ -17,9 +17,9 @@ from reports.escape import inline
 from reports.nights.baseline import ADMITTED, Floats
 from reports.nights.changepoints import changes
 from reports.nights.judging import Judgement, Table, judge
-from reports.nights.series import Key, Kind, Mark, Night, Series
+from reports.nights.series import Key, Kind, Mark, Night, Series, day
 from reports.nights.shifts import baseline_of
-from reports.render import moment, slug
+from reports.render import slug
 
 _SPARK = (120, 24)  # points wide and high
 _SPARKED = 60  # nights
@@ -124,9 +124,8 @@ class History:
                     "r": regressed.get(key, []),
                 }
             )
-        told = {night.name: night for night in self.nights}
         return {
-            "nights": [moment(told[name].started)[:10] if name in told else inline(name, 40) for name in self.names],
+            "nights": [inline(day(name), 40) for name in self.names],
             "words": list(words),
             "series": rows,
             "marks": [
@@ -156,12 +155,12 @@ class History:
     def _breaks(self, raw: Floats) -> list[list[int]]:
         """The nights at which each series changed its level; sizes of one sign are compared by their logarithms."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            positive = (np.nanmin(np.where(np.isnan(raw), np.inf, raw), axis=0) > 0) if len(raw) else np.zeros(0, bool)
+            positive = np.where(np.isnan(raw), np.inf, raw).min(axis=0, initial=np.inf) > 0
             return changes(np.where(positive, np.log(np.where(raw > 0, raw, np.nan)), raw))
 
 
 def packed(values: Floats) -> float | str | None:
-    """A column of values: one number where all are the same, else little-endian float32 in base64; NaN where none is."""
+    """A column of values: one number where all are the same, else little-endian float32 in base64."""
     known = values[np.isfinite(values)]
     if not len(known):
         return None
