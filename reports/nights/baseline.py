@@ -128,8 +128,9 @@ def _correlation(apart: Floats) -> float:
     """How much neighbouring nights are alike, over all series together: a machine's habit rather than a quantity's."""
     if len(apart) < 2 or not apart.size:
         return USUAL
-    sizes = np.nanmean(apart**2, axis=0)
-    pairs = np.nanmean(apart[1:] * apart[:-1], axis=0)[sizes > 0] / sizes[sizes > 0]
+    sizes, products = _mean(apart**2), _mean(apart[1:] * apart[:-1])
+    moving = sizes > 0
+    pairs = products[moving] / sizes[moving]
     known = pairs[np.isfinite(pairs)]
     return float(np.clip(known.mean(), *CORRELATION)) if len(known) else USUAL
 

@@ -218,13 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nights", type=int, default=10_000)
     parser.add_argument("--series", type=int, nargs="+", default=[15, 150, 1500])
+    parser.add_argument(
+        "--noise", type=Path, metavar="FILE", help="your own timings, too, by reports.nights.record_noise"
+    )
     parser.add_argument("--histories", type=int, default=400, help="in which a change is planted")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     print(
         f"false alarms: nights without a change that have a regression, of N noisy quantities ({asked.nights} nights)"
     )
-    for name, noise in NOISES.items():
+    own: dict[str, Noise] = {f"{asked.noise}": partial(repeats, file=asked.noise)} if asked.noise else {}
+    for name, noise in (own | NOISES).items():
         for series in asked.series:
             print(f"  {name:<45} N = {series:<5} {false_alarms(noise, series, nights=asked.nights, seed=asked.seed)}")
     print("a loss of 5 % of throughput, found within two nights among 150 noisy quantities")
@@ -241,9 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for sigma in (0.0, 0.005, 0.01, 0.015, 0.02, 0.12):
         noise = partial(rounds, sigma=np.full(150, sigma))
         told = f"noise {100 * sigma:.1f} %"
-        print(
-            f"  {told:<45} {found(noise, 150, Plant(math.log(1.1), slice(0, 1)), quantity=KL, histories=asked.histories)}"
-        )
+        rise = found(noise, 150, Plant(math.log(1.1), slice(0, 1)), quantity=KL, histories=asked.histories)
+        print(f"  {told:<45} {rise}")
 
 
 def _regimes() -> list[str]:

@@ -59,7 +59,7 @@ def headline(nights: Sequence[Night], histories: Sequence[History]) -> str:
     """The last night in one sentence, the worst first."""
     if not nights:
         return "No night is kept yet"
-    when, history = moment(nights[-1].started), histories[0] if histories else None
+    when, history = inline(moment(nights[-1].started), 40), histories[0] if histories else None
     if history is None or not history.series:
         return f"The night of {when} measured nothing"
     said = history.judgement
