@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,35 +12,12 @@ from numpy.typing import NDArray
 from fixtures.core.measurement import readable
 from reports.nights import evidence
 from reports.nights.baseline import Baseline, Floats, take
-from reports.nights.policy import rule_of
-from reports.nights.series import Key, Series, day
-from reports.nights.shifts import FEW, RATE, Flags, Policy, Shifts, baseline_of, direction, shifts
+from reports.nights.findings import Finding, Judgement
+from reports.nights.series import Series, day
+from reports.nights.shifts import FEW, RATE, Flags, Shifts, baseline_of, direction, shifts
+from reports.nights.table import Table, until
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One quantity of tonight's beside what its baseline lets expect."""
-
-    key: Key
-    value: float  # tonight's; NaN where there is none
-    expected: float  # the baseline's level; NaN where there is none
-    change: float  # as a share of ``expected``; infinite from zero, NaN where a share means nothing
-    p: float  # how often noise alone does as much, uncorrected; 0 where there is no noise, NaN where nothing was tested
-    why: str  # one line for a person: what moved, against which baseline, since when
-    since: str = ""  # the first night of the change, where it is known
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """All that one night's numbers say, each tuple the most urgent first."""
-
-    night: str
-    regressions: tuple[Finding, ...] = ()  # any of these fails the night
-    improvements: tuple[Finding, ...] = ()  # said, and move no baseline
-    insufficient: tuple[Finding, ...] = ()  # too few nights to tell noise from change
-    suspects: tuple[Finding, ...] = ()  # a regression if the next night says so, too
-    gone: tuple[Finding, ...] = ()  # measured the night before, and not tonight
-    new: tuple[Finding, ...] = ()  # never measured before
+__all__ = ["Finding", "Judgement", "judge"]
 
 
 def judge(series: Sequence[Series], tonight: str, accepted: str | None, frozen: str | None) -> Judgement:
@@ -57,7 +33,7 @@ def judge(series: Sequence[Series], tonight: str, accepted: str | None, frozen: 
         accepted: the night accepted last (of this kind), whose level counts; None: the first night of each series.
         frozen: the night pinned as the frozen baseline; None where there is none.
     """
-    nights = sorted({night for one in series for night in _until(one, tonight)} | {tonight})
+    nights = sorted({night for one in series for night in until(one, tonight)} | {tonight})
     judged = [one for one in series if one.worse != "never"]
     said = _Said(tonight)
     _count(series, nights, said)
@@ -86,45 +62,6 @@ class _Said:
             tuple(sorted(self.improvements, key=_urgency)),
             *map(tuple, (self.insufficient, self.suspects, self.gone, self.new)),
         )
-
-
-class Table:
-    """Series side by side: (night, series) on their rules' scales, tonight last."""
-
-    def __init__(self, series: Sequence[Series], nights: Sequence[str]) -> None:
-        self.series = series
-        self.nights = nights
-        self.rules = [rule_of(one.key.quantity, one.key.unit) for one in series]
-        place = {night: row for row, night in enumerate(nights)}
-        self.raw = np.full((len(nights), len(series)), np.nan)
-        self.there = np.zeros(self.raw.shape, bool)
-        for column, one in enumerate(series):
-            names = _until(one, nights[-1])
-            rows = [place[night] for night in names]
-            self.raw[rows, column] = one.values[: len(names)]
-            self.there[rows, column] = True
-        self.values = np.full(self.raw.shape, np.nan)
-        for rule in set(self.rules):
-            which = [i for i, r in enumerate(self.rules) if r is rule]
-            self.values[:, which] = rule.seen(self.raw[:, which])
-        self.policy = self._policy()
-
-    def _policy(self) -> Policy:
-        rough = np.zeros(len(self.series))  # where a share stands, for its binomial error
-        for column, rule in enumerate(self.rules):
-            known = self.values[:-1, column][np.isfinite(self.values[:-1, column])]
-            rough[column] = float(np.median(known)) if rule.scale == "share" and len(known) else 0.0
-        sides = {"up": 1.0, "down": -1.0, "either": 0.0}
-        return Policy(
-            np.array([sides[one.worse] for one in self.series]),
-            np.array([rule.prior(at) for rule, at in zip(self.rules, rough, strict=True)]),
-            np.array([rule.smallest(at) for rule, at in zip(self.rules, rough, strict=True)]),
-            np.array([rule.largest() for rule in self.rules]),
-        )
-
-    def row(self, night: str | None) -> int:
-        """The row of a night; of one that is not there, the next one's; of none, the first."""
-        return 0 if night is None else bisect_left(self.nights, night)
 
 
 @dataclass(frozen=True)
@@ -238,7 +175,7 @@ def _since(table: Table, column: int, level: float, way: float) -> str:
 def _count(series: Iterable[Series], nights: Sequence[str], said: _Said) -> None:
     """Say what is new tonight, and what went away since the night before."""
     for one in series:
-        names = _until(one, nights[-1])
+        names = until(one, nights[-1])
         if not names or len(nights) < 2:
             continue
         last = float(one.values[len(names) - 1])
@@ -248,15 +185,6 @@ def _count(series: Iterable[Series], nights: Sequence[str], said: _Said) -> None
                 said.gone.append(Finding(one.key, math.nan, last, math.nan, math.nan, why))
         elif len(names) == 1:
             said.new.append(Finding(one.key, last, math.nan, math.nan, math.nan, "measured for the first time"))
-
-
-def _until(one: Series, tonight: str) -> Sequence[str]:
-    """The nights of a series up to tonight."""
-    nights = one.nights
-    end = len(nights)
-    while end and nights[end - 1] > tonight:
-        end -= 1
-    return nights if end == len(nights) else nights[:end]
 
 
 def _share(value: float, expected: float) -> float:

@@ -7,32 +7,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 from scipy import special
 
 from reports.nights.baseline import Floats
+from reports.nights.noises import Noise, correlated, gone_wrong, regimes, repeats, rounds, sigmas, steps
 from reports.nights.policy import Rule, rule_of
 from reports.nights.shifts import RATE, Flags, Policy, baseline_of, direction, shifts
 
-RECORDED = Path(__file__).with_name("noise.json")
-ROUNDS = 6  # behind a recorded interval
 BEFORE = 60  # nights of history before the first that is judged
-TOGETHER = 10  # quantities of one regime, whose luck is half shared
 THROUGHPUT = ("throughput of fp16", "tokens/s")
 SHARE = ("reference's accuracy", "share of questions")
 KL = ("mean token KL", "nats")
-
-Noise = Callable[[Generator, int, int, int], Floats]
-"""(rng, nights, histories, series) -> (night, history, series), in logarithms."""
 
 
 @dataclass(frozen=True)
@@ -138,69 +130,6 @@ def _rate(alarms: Flags) -> Rate:
     return Rate(share, low, high, nights)
 
 
-@cache
-def _recorded(file: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return data
-
-
-def repeats(rng: Generator, nights: int, histories: int, series: int, file: Path = RECORDED, block: int = 1) -> Floats:
-    """Recorded timings; a run's quantities stay together, and ``block`` runs that followed each other.
-
-    The runs were 40 s apart and share their neighbours' load; nights are a day apart. Blocks of six are a stress.
-    """
-    kept = np.array(list(_recorded(file)["repeats"]["series"].values())) / 100  # (quantity, run)
-    quantities, runs = kept.shape
-    groups = -(-series // quantities)
-    blocks = -(-nights // block)
-    starts = rng.integers(0, runs, (blocks, 1, histories, groups))
-    rows = ((starts + np.arange(block)[:, None, None]) % runs).reshape(-1, histories, groups)[:nights]
-    drawn = kept[:, rows]  # (quantity, night, history, group)
-    return np.ascontiguousarray(np.moveaxis(drawn, 0, -1)).reshape(nights, histories, -1)[:, :, :series]
-
-
-def sigmas(file: Path = RECORDED, regime: str | None = None) -> Floats:
-    """The standard deviations of a night's ratio, in logarithms, that the recorded intervals of six rounds tell."""
-    student = float(special.stdtrit(ROUNDS - 1, 0.975))
-    kept = [row for row in _recorded(file)["intervals"] if regime in (None, row["regime"])]
-    return np.array([math.log(row["high"] / row["low"]) / 2 / student for row in kept])
-
-
-def rounds(
-    rng: Generator, nights: int, histories: int, series: int, *, sigma: Floats | None = None, freedom: float = 5
-) -> Floats:
-    """Nights as noisy as the recorded intervals of a GPU's throughput, half their luck shared, with Student's tails."""
-    spread = sigmas() if sigma is None else np.asarray(sigma)
-    mine = rng.choice(spread, (histories, series)) if sigma is None else np.resize(spread, (histories, series))
-    groups = -(-series // TOGETHER)
-    shared = rng.standard_normal((nights, histories, groups)).repeat(TOGETHER, axis=2)[:, :, :series]
-    own = rng.standard_normal((nights, histories, series))
-    tail = np.sqrt(rng.chisquare(freedom, (nights, histories, groups)) / (freedom - 2))
-    return (shared + own) / math.sqrt(2) / tail.repeat(TOGETHER, axis=2)[:, :, :series] * mine
-
-
-def correlated(rng: Generator, nights: int, histories: int, series: int, share: float = 0.5) -> Floats:
-    """The same, each night with half of the luck of the night before: AR(1) 0.5."""
-    values = rounds(rng, nights, histories, series, freedom=30)
-    for night in range(1, nights):
-        values[night] = share * values[night - 1] + math.sqrt(1 - share**2) * values[night]
-    return values
-
-
-def gone_wrong(rng: Generator, nights: int, histories: int, series: int, whole: bool = True) -> Floats:
-    """The same, with one night in a hundred 30 % off: all of it, or else one value in ten."""
-    values = rounds(rng, nights, histories, series)
-    off = rng.random((nights, histories, 1)) < 0.01
-    hit = off & (whole | (rng.random(values.shape) < 0.1))
-    hit[10], hit[0] = False, False  # nobody accepts such a night
-    return values + np.where(hit, math.log(0.7), 0)
-
-
-def steps(rng: Generator, nights: int, histories: int, series: int, wrong: float = 0.03, asked: int = 64) -> Floats:
-    """Values in few steps: a share of questions, drawn anew every night."""
-    return 1 - rng.binomial(asked, wrong, (nights, histories, series)) / asked
-
-
 NOISES: dict[str, Noise] = {
     "recorded timings (a busy CPU)": repeats,
     "recorded intervals of throughput (H200)": rounds,
@@ -232,11 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for series in asked.series:
             print(f"  {name:<45} N = {series:<5} {false_alarms(noise, series, nights=asked.nights, seed=asked.seed)}")
     print("a loss of 5 % of throughput, found within two nights among 150 noisy quantities")
-    kernel = np.concatenate([sigmas(regime=name)[:1] for name in dict.fromkeys(_regimes())])
+    kernel = np.concatenate([sigmas(regime=name)[:1] for name in regimes()])
     everywhere = partial(rounds, sigma=np.resize(kernel, 150))
     of_kernel = found(everywhere, 150, Plant(math.log(0.95), slice(0, len(kernel))), histories=asked.histories)
     print(f"  {'of a kernel, in all its regimes':<45} {of_kernel}")
-    for name in dict.fromkeys(_regimes()):
+    for name in regimes():
         usual = float(np.median(sigmas(regime=name)))
         alone = partial(rounds, sigma=np.full(150, usual))
         told = f"in {name} alone (noise {100 * usual:.2f} %)"
@@ -247,10 +176,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         told = f"noise {100 * sigma:.1f} %"
         rise = found(noise, 150, Plant(math.log(1.1), slice(0, 1)), quantity=KL, histories=asked.histories)
         print(f"  {told:<45} {rise}")
-
-
-def _regimes() -> list[str]:
-    return [row["regime"] for row in _recorded(RECORDED)["intervals"]]
 
 
 if __name__ == "__main__":

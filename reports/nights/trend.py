@@ -7,7 +7,7 @@ from typing import Any
 
 from reports.charts import PLOTLY, embedded, scripts
 from reports.escape import inline
-from reports.nights.judging import Finding
+from reports.nights.findings import Finding
 from reports.nights.series import Kind, Mark, Night, Series, day
 from reports.nights.trend_data import History, name_of, told
 from reports.render import TEMPLATES, environment, moment

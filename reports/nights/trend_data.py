@@ -16,9 +16,11 @@ from reports.charts import number
 from reports.escape import inline
 from reports.nights.baseline import ADMITTED, Floats
 from reports.nights.changepoints import changes
-from reports.nights.judging import Judgement, Table, judge
+from reports.nights.findings import Judgement
+from reports.nights.judging import judge
 from reports.nights.series import Key, Kind, Mark, Night, Series, day
 from reports.nights.shifts import baseline_of
+from reports.nights.table import Table
 from reports.render import slug
 
 _SPARK = (120, 24)  # points wide and high

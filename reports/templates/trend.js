@@ -99,7 +99,7 @@
         head.scope = "row";
         const link = element("a", s.name);
         link.href = `#${s.a}`;
-        head.append(link);
+        head.append(link, element("span", [s.target, s.check].filter(Boolean).join(" · "), "quiet where"));
         row.append(
           head,
           element("td", s.target || "-"),
@@ -154,6 +154,8 @@
     }
     if (s.b) data.push({ type: "scatter", mode: "lines", x: [0, all.length - 1], y: [s.b[0], s.b[0]], name: "accepted level", hoverinfo: "skip", line: { color: colour("quiet"), dash: "dash", width: 1.5 } });
     data.push({ type: "scatter", mode: all.length > 120 ? "lines" : "lines+markers", x: rows, y: all, customdata: kind.nights.map(plain), name: "night", hovertemplate: hover, line: { color: colour("h6"), width: 1.6 }, marker: { size: 5 }, connectgaps: false });
+    const end = all.findLastIndex((v) => v !== null);
+    if (end >= 0) data.push({ type: "scatter", mode: "markers", x: [end], y: [all[end]], customdata: [plain(kind.nights[end])], name: "the last", hovertemplate: hover, showlegend: false, marker: { color: colour("h7"), size: 8 } });
     if (s.r.length) data.push({ type: "scatter", mode: "markers", x: s.r, y: s.r.map((r) => all[r]), customdata: s.r.map((r) => plain(kind.nights[r])), name: "worse", hovertemplate: hover, marker: { color: colour("bad"), symbol: "x", size: 9 } });
     const line = (x, colourName, dash) => ({ type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, line: { color: colour(colourName), width: 1.5, dash } });
     const label = (x, text, colourName) => ({ x, y: 1, xref: "x", yref: "paper", yanchor: "bottom", text, showarrow: false, font: { size: 11, color: colour(colourName) } });
@@ -189,7 +191,7 @@
     figure.hidden = false;
     figure.querySelector("h3").textContent = `${s.name} ${words ? `(${words})` : ""}`;
     const level = s.b ? `; the accepted level is ${readable(s.b[0])}${Number.isNaN(s.change) ? "" : `, ${s.change >= 0 ? "+" : ""}${s.change.toFixed(1)} % from it`}` : "";
-    const since = s.c.length ? `; its level changed on ${s.c.map((row) => kind.nights[row]).join(", ")}` : "; its level never changed";
+    const since = s.c.length ? `; its level changed on ${s.c.map((row) => kind.nights[row]).join(", ")}` : "; no lasting change of level";
     figure.querySelector(".finding").textContent = `Last ${readable(s.last)} ${s.unit}${level}${since}.`;
     const said = remarks(kind, s);
     figure.querySelector("tbody").replaceChildren(
@@ -256,7 +258,7 @@
       const found = kind.series.find((s) => `#${s.a}` === link?.getAttribute("href"));
       if (found && !chosen) choose(kind, found);
     };
-    if (location.hash.length > 1) ofAddress();
+    if (location.hash.length > 1) addEventListener("load", () => setTimeout(ofAddress));
     new IntersectionObserver((entries, self) => {
       if (!entries.some((entry) => entry.isIntersecting)) return;
       self.disconnect();

@@ -12,7 +12,8 @@ import pytest
 
 from reports.nights import baseline, evidence, judging, shifts
 from reports.nights.changepoints import changes
-from reports.nights.judging import Judgement, judge
+from reports.nights.findings import Finding, Judgement
+from reports.nights.judging import judge
 from reports.nights.policy import Rule, rule_of, rules, worse_of
 from reports.nights.series import Series
 from suites.meta.nightly import kl, names, noisy, series
@@ -27,7 +28,7 @@ def judged(*found: Series, accepted: int | None = 0, frozen: int | None = None, 
     return judge(found, listed[-1], pick(accepted), pick(frozen))
 
 
-def said(findings: Sequence[judging.Finding]) -> list[str]:
+def said(findings: Sequence[Finding]) -> list[str]:
     return [f"{f.key.quantity} {f.key.case}" for f in findings]
 
 

@@ -16,8 +16,9 @@ import pytest
 from fixtures.core.measurement import Measurement
 from fixtures.core.results import Result, Run
 from reports import store
-from reports.nights import baseline, record_noise, shifts, simulation
-from reports.nights.simulation import KL, Plant, Rate, false_alarms, found, repeats, rounds, sigmas
+from reports.nights import baseline, noises, record_noise, shifts, simulation
+from reports.nights.noises import Noise, repeats, rounds, sigmas
+from reports.nights.simulation import KL, Plant, Rate, false_alarms, found
 
 PROMISED = 0.01  # nights with a false alarm
 LOSS, RISE = math.log(0.95), math.log(1.10)
@@ -26,7 +27,7 @@ POWER = 0.95
 
 @pytest.mark.parametrize("noise", [repeats, rounds], ids=["timings of a busy CPU", "intervals of an H200"])
 @pytest.mark.parametrize("series", [15, 100])
-def test_false_alarms(noise: simulation.Noise, series: int) -> None:
+def test_false_alarms(noise: Noise, series: int) -> None:
     """Less than one night in a hundred without a change has a regression, at the upper end of its interval."""
     rate = false_alarms(noise, series, nights=10_000)
     assert rate.nights == 10_000
@@ -35,10 +36,10 @@ def test_false_alarms(noise: simulation.Noise, series: int) -> None:
 
 @pytest.mark.parametrize(
     "noise",
-    [partial(rounds, freedom=3), simulation.correlated, simulation.gone_wrong, simulation.steps],
+    [partial(rounds, freedom=3), noises.correlated, noises.gone_wrong, noises.steps],
     ids=["tails of 3 degrees", "AR(1) 0.5", "nights gone wrong", "shares"],
 )
-def test_false_alarms_under_stress(noise: simulation.Noise) -> None:
+def test_false_alarms_under_stress(noise: Noise) -> None:
     """Of 50 noisy quantities the same holds with heavy tails, nights that hang together and nights gone wrong."""
     rate = false_alarms(noise, 50, nights=4_000)
     assert rate.share < PROMISED, rate
@@ -105,8 +106,8 @@ def test_faults_raise_false_alarms(fault: Fault, monkeypatch: pytest.MonkeyPatch
 
 def test_wild_nights_as_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean and deviation of every night, wild ones too, would miss the loss that the judge finds."""
-    noise = partial(simulation.gone_wrong, whole=True)
-    quiet: simulation.Noise = lambda *given: noise(*given) * 0.3  # noqa: E731
+    noise = partial(noises.gone_wrong, whole=True)
+    quiet: Noise = lambda *given: noise(*given) * 0.3  # noqa: E731
     plant = Plant(LOSS, slice(0, 4))
     good = found(quiet, 20, plant).share
     monkeypatch.setattr(baseline, "ADMITTED", math.inf)
@@ -131,7 +132,7 @@ def test_rate() -> None:
 
 def test_recorded_noise_has_a_provenance() -> None:
     """The recorded noise says how it was recorded, on what machine and with what versions."""
-    kept = json.loads(simulation.RECORDED.read_text(encoding="utf-8"))
+    kept = json.loads(noises.RECORDED.read_text(encoding="utf-8"))
     assert kept["repeats"]["how"]
     assert kept["repeats"]["machine"]["cpu"]
     assert kept["repeats"]["versions"]["torch"]
@@ -142,7 +143,7 @@ def test_recorded_noise_has_a_provenance() -> None:
 
 def test_drawn_noise_is_the_recorded_one() -> None:
     """What is drawn has the recorded values, and blocks of runs keep their order."""
-    kept = np.array(list(json.loads(simulation.RECORDED.read_text())["repeats"]["series"].values())) / 100
+    kept = np.array(list(json.loads(noises.RECORDED.read_text())["repeats"]["series"].values())) / 100
     drawn = repeats(np.random.default_rng(0), 30, 3, 20)
     assert drawn.shape == (30, 3, 20)
     assert set(np.unique(drawn[:, :, 0])) <= set(kept[0])
