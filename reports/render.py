@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,18 @@ import jinja2
 from fixtures.core.measurement import Measurement, readable
 from fixtures.core.results import Outcome, Result, Run
 from reports import verdict
+from reports.charts import PLOTLY, Chart, embedded, scripts
 from reports.escape import printable
-from reports.heatmap import heatmap
+from reports.gallery import gallery
 from reports.power import power, shade
+from reports.rows import FIRST, LaterRows
+from reports.samples import others, voices, with_room, worst_tokens
+from reports.sentences import Caution, called, telling, warnings
+from reports.verdict import Verdict
 
 LARGEST = 6_000_000  # bytes of a page
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 _BADGES: dict[Outcome, tuple[str, str]] = {  # a sign and a word, so that none speaks by colour alone
     "passed": ("✓", "ok"),
     "failed": ("✗", "failed"),
@@ -35,40 +38,90 @@ _BADGES: dict[Outcome, tuple[str, str]] = {  # a sign and a word, so that none s
 
 @dataclass(frozen=True)
 class _Budget:
-    """How much of each table and message a page shows; the rest is in results.json."""
+    """How much of each table and message a page shows, and whether it draws; the rest is in results.json."""
 
     rows: int
     characters: int
+    charts: bool = True
 
 
-_BUDGETS = (_Budget(2000, 20_000), _Budget(500, 4000), _Budget(100, 1000), _Budget(20, 400), _Budget(0, 200))
+_BUDGETS = (
+    _Budget(20_000, 20_000),
+    _Budget(2000, 20_000),
+    _Budget(500, 4000),
+    _Budget(100, 1000),
+    _Budget(20, 400),
+    _Budget(0, 200, charts=False),
+)
+_FOR_MEDIA = 2_000_000  # bytes that tables and messages leave to pictures and sounds, where there are any
+_OPEN = 4  # targets; where there are more, their charts are folded
 
 
 def render(run: Run) -> str:
-    """The report on ``run`` as one page without outside parts; what exceeds ``LARGEST`` bytes is left out."""
-    template = environment().get_template("report.html")
+    """The report on ``run`` as one page without outside parts; what exceeds ``LARGEST`` bytes is left out.
+
+    Of pictures and sounds those of checks that failed stay longest.
+    """
     context = _context(run)
+    wanted = min(sum(len(m.data) * 4 // 3 for r in run.results for m in r.media), _FOR_MEDIA)
     page = ""
     for budget in _BUDGETS:
-        page = template.render(context, budget=budget).lstrip()
-        if len(page.encode(errors="replace")) <= LARGEST:
-            break
+        page = _page(context, budget, frozenset())
+        room = LARGEST - len(page.encode(errors="replace"))
+        if room >= wanted:
+            kept = with_room(run.results, room)
+            return _page(context, budget, kept) if kept else page
     return page
 
 
+def _page(context: dict[str, Any], budget: _Budget, kept: Collection[int]) -> str:
+    template = environment().get_template("report.html")
+    figures = {name: chart.figure for name, chart in context["figures"].items() if budget.charts}
+    return template.render(
+        context, budget=budget, later=LaterRows(budget.rows), kept=kept, figures=embedded(figures)
+    ).lstrip()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A target as the page tells of it."""
+
+    verdict: Verdict
+    title: str
+    warnings: list[Caution]
+    charts: list[tuple[str, Chart]]  # each with the fragment of its address
+
+
+def _targets(run: Run) -> list[_Target]:
+    targets = []
+    for found in verdict.verdicts(run):
+        charts: dict[str, Chart] = {}
+        for chart in gallery(found.results):
+            wanted = name = slug(f"chart-{found.target}-{chart.name}")
+            again = 1
+            while name in charts:
+                again += 1
+                name = f"{wanted}-{again}"
+            charts[name] = chart
+        targets.append(_Target(found, called(found, run.about), warnings(found), list(charts.items())))
+    return targets
+
+
 def _context(run: Run) -> dict[str, Any]:
-    found = verdict.verdicts(run)
+    targets = _targets(run)
     of_targets = [r for r in run.results if r.target_id]
     return {
         "run": run,
         "headline": verdict.headline(run),
-        "verdicts": found,
+        "targets": targets,
+        "open_charts": len(targets) <= _OPEN,
+        "figures": {name: chart for target in targets for name, chart in target.charts},
         "suites": verdict.suites(of_targets),
         "own": verdict.own(run.results),
         "power": power(run.results),
         "unrun": verdict.unrun(run.results),
         "anchors": _anchors(run.results),
-        "script_digest": _digest("report.js"),
+        "scripts": scripts(TEMPLATES / "report.js", TEMPLATES / "charts.js", later=PLOTLY),
     }
 
 
@@ -153,7 +206,7 @@ def moment(started: object) -> str:
 def environment() -> jinja2.Environment:
     """The templates, with what they need; whatever they are given is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -163,7 +216,7 @@ def environment() -> jinja2.Environment:
     environment.filters |= {
         "cell": verdict.cell,
         "duration": duration,
-        "heatmap": heatmap,
+        "embedded": embedded,
         "key": verdict.key,
         "margin": margin_text,
         "moment": moment,
@@ -172,14 +225,12 @@ def environment() -> jinja2.Environment:
         "shade": shade,
         "shown": shown,
         "slug": slug,
+        "telling": telling,
         "used": used,
+        "voices": voices,
+        "others": others,
         "worst": verdict.worst,
+        "worst_tokens": worst_tokens,
     }
-    environment.globals |= {"badges": _BADGES, "counted": verdict.counted, "suites_of": verdict.suites}
+    environment.globals |= {"badges": _BADGES, "counted": verdict.counted, "suites_of": verdict.suites, "FIRST": FIRST}
     return environment
-
-
-def _digest(script: str) -> str:
-    """What the page's Content-Security-Policy names its one script by, so that no other can run."""
-    source = environment().get_template(script).render()
-    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

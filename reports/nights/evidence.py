@@ -1,4 +1,4 @@
-"""How often noise alone does as much: one night, two nights running, a week's median; and Holm's correction."""
+"""How often noise alone does as much: one night, two nights running, a week's mean; and Holm's correction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from reports.nights.baseline import ALIKE, CORRELATION, Baseline
+from reports.nights.baseline import Baseline, take
 
 Floats = NDArray[np.float64]
 
@@ -26,7 +26,7 @@ def of_both(tonight: Floats, before: Floats, baseline: Baseline) -> Floats:
     """The chance of two nights running that are both as far above the level as the nearer one of them.
 
     One wild night is no regression, however wild: the other must say so too. The two share the level's and the noise's
-    error, and part of their luck (``CORRELATION``), so that the chance is more than the square of one's.
+    error, and part of their luck, so that the chance is more than the square of one's.
     """
     nearer = np.minimum(tonight, before)
     chance = of_one(nearer, baseline)  # of one: no less than that of both
@@ -34,13 +34,13 @@ def of_both(tonight: Floats, before: Floats, baseline: Baseline) -> Floats:
     if len(found):
         with np.errstate(divide="ignore"):
             far = nearer[found] / baseline.noise[found]
-        chance[found] = np.minimum(chance[found], _joint(far, baseline.freedom[found], baseline.doubt[found]))
+        chance[found] = np.minimum(chance[found], _joint(far, take(baseline, found)))
     return chance
 
 
 def of_week(change: Floats, baseline: Baseline) -> Floats:
-    """The chance of a week's median at least ``change`` above the level: what finds a small shift, or a slow one."""
-    doubt = math.pi / 2 * ALIKE / WEEK + baseline.doubt
+    """The chance of a week's mean at least ``change`` above the level: what finds a small shift, or a slow one."""
+    doubt = baseline.alike / WEEK + baseline.doubt
     return _tail(change / (baseline.noise * np.sqrt(doubt)), baseline.freedom)
 
 
@@ -63,16 +63,18 @@ def _tail(far: Floats, freedom: Floats) -> Floats:
     return np.where(np.isnan(far), 1.0, special.stdtr(freedom, -far))
 
 
-def _joint(far: Floats, freedom: Floats, doubt: Floats) -> Floats:
+def _joint(far: Floats, baseline: Baseline) -> Floats:
     """P(both nights > far): over the noise's error (gamma) and what the two share (normal), by Gauss's quadrature."""
-    shared, weights = _normal_nodes()
+    nodes, weights = _normal_nodes()
     found = np.ones(len(far))
-    for whole in np.unique(np.round(freedom)):
-        which = np.round(freedom) == whole
-        scale, share = _scale_nodes(whole)
+    whole = np.round(baseline.freedom)
+    for freedom in np.unique(whole):
+        which = whole == freedom
+        scale, share = _scale_nodes(freedom)
+        alike = baseline.correlation[which][:, None, None]
         reach = far[which][:, None, None] * scale[None, :, None]
-        pull = np.sqrt(doubt[which] + CORRELATION)[:, None, None] * shared[None, None, :]
-        one = special.ndtr(-(reach - pull) / math.sqrt(1 - CORRELATION))
+        pull = np.sqrt(baseline.doubt[which][:, None, None] + alike) * nodes[None, None, :]
+        one = special.ndtr(-(reach - pull) / np.sqrt(1 - alike))
         found[which] = np.einsum("fsu,s,u->f", one**2, share, weights)
     return found
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from fixtures.core.measurement import readable
 from reports.nights import evidence
-from reports.nights.baseline import Baseline, Floats
+from reports.nights.baseline import Baseline, Floats, take
 from reports.nights.policy import rule_of
 from reports.nights.series import Key, Series
-from reports.nights.shifts import FEW, RATE, Flags, Policy, Shifts, baseline_of, direction, shifts, take
+from reports.nights.shifts import FEW, RATE, Flags, Policy, Shifts, baseline_of, direction, shifts
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _finding(table: _Table, column: int, one: _Against, chance: float, test: str
     seen = {
         "at once": "and it has not moved before" if one.baseline.constant[column] else "more than any noise does",
         "two nights": "two nights running",
-        "week": "by the median of a week",
+        "week": "by the mean of a week",
     }[test]
     night = "tonight" if since == table.nights[-1] else f"since {since}"
     why = f"{_change(change) or 'changed'} against {one.name} ({readable(expected)}), {seen}, {night}"

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reports.nights import evidence
-from reports.nights.baseline import RECENT, Baseline, Floats, learn
+from reports.nights.baseline import RECENT, Baseline, Floats, learn, take
 
 RATE = 0.005  # of nights with any false alarm that the correction promises; real noise has more tails than its model
 HUGE = 10.0  # standard deviations that a change must have, too, to be believed at once
+WILDEST = 3.0  # standard deviations that a night counts for in its week, at most
 FEW = 5  # nights that taught a baseline, below which no news is no proof
 _TESTS = ("at once", "two nights", "week")
 
@@ -46,7 +47,7 @@ def shifts(values: Floats, baseline: Baseline, policy: Policy, way: Floats) -> S
     """What speaks for a change of the last night, that way, from its baseline.
 
     Three tests: a change that is huge, or of what has no noise, on its first night; two nights running; a week's
-    median. Each asks for the smallest change that counts, too.
+    mean. Each asks for the smallest change that counts, too.
 
     Args:
         values: (night, series) on the policy's scale, tonight last; NaN where there is no value.
@@ -70,11 +71,12 @@ def shifts(values: Floats, baseline: Baseline, policy: Policy, way: Floats) -> S
         both = np.ones_like(tonight)
         asked = noisy & counts(tonight) & counts(before)
         both[asked] = evidence.of_both(tonight[asked], before[asked], take(baseline, asked))
+        most = WILDEST * baseline.noise  # a single wild night makes no week
         full = np.isfinite(moved).all(0) & (len(moved) == evidence.WEEK)
-        median = np.median(np.where(full, moved, 0.0), axis=0)
+        mean = np.clip(np.where(full, moved, 0.0), -most, most).mean(0)
         week = np.ones_like(tonight)
-        weekly = noisy & full & counts(median) & (tonight > 0)
-        week[weekly] = evidence.of_week(median[weekly], take(baseline, weekly))
+        weekly = noisy & full & counts(mean) & (tonight > 0)
+        week[weekly] = evidence.of_week(mean[weekly], take(baseline, weekly))
     return Shifts(np.stack([at_once, both, week]), tonight, int(2 * noisy.sum()))
 
 
@@ -99,8 +101,3 @@ def _last(values: Floats, count: int) -> Floats:
     if len(found) < 2:
         found = np.concatenate([found, np.full((2 - len(found), values.shape[1]), np.nan)])
     return found
-
-
-def take(baseline: Baseline, which: NDArray[np.bool_ | np.intp]) -> Baseline:
-    """The baselines of some series."""
-    return Baseline(*(getattr(baseline, field.name)[which] for field in fields(Baseline)))

@@ -25,11 +25,10 @@ from reports.nights.shifts import RATE, Policy, baseline_of, direction, shifts
 
 RECORDED = Path(__file__).with_name("noise.json")
 ROUNDS = 6  # behind a recorded interval
-BLOCK = 6  # nights drawn in one piece, so that what hangs together stays together
 BEFORE = 60  # nights of history before the first that is judged
 TOGETHER = 10  # quantities of one regime, whose luck is half shared
 THROUGHPUT = ("throughput of fp16", "tokens/s")
-LATENCY = ("median time", "ms")
+SHARE = ("reference's accuracy", "share of questions")
 KL = ("mean token KL", "nats")
 
 Noise = Callable[[Generator, int, int, int], Floats]
@@ -78,7 +77,7 @@ def false_alarms(noise: Noise, series: int, *, nights: int = 10_000, accepted: i
     for start in range(0, histories, batch):
         count = min(batch, histories - start)
         values = noise(rng, BEFORE + each, count, series).reshape(BEFORE + each, -1)
-        alarms.append(_alarms(values, count, accepted, each, THROUGHPUT).any(2))
+        alarms.append(_alarms(values, count, accepted, each, SHARE if noise is steps else THROUGHPUT).any(2))
     return _rate(np.concatenate(alarms, axis=1))
 
 
@@ -125,7 +124,7 @@ def _frozen(history: Floats, policy: Policy) -> Any:
 
 def _policy(rule: Rule, series: int) -> Policy:
     sides = {"up": 1.0, "down": -1.0, "either": 0.0, "never": 0.0}
-    row = (sides[rule.worse], rule.prior(0), rule.smallest(0), rule.largest())
+    row = (sides[rule.worse], rule.prior(0.97), rule.smallest(0.97), rule.largest())
     return Policy(*(np.full(series, number) for number in row))
 
 
@@ -147,14 +146,17 @@ def _recorded(file: Path) -> dict[str, Any]:
     return data
 
 
-def repeats(rng: Generator, nights: int, histories: int, series: int, file: Path = RECORDED) -> Floats:
-    """Recorded timings, drawn in blocks of nights; the quantities of a run stay together, as they were recorded."""
+def repeats(rng: Generator, nights: int, histories: int, series: int, file: Path = RECORDED, block: int = 1) -> Floats:
+    """Recorded timings; the quantities of a run stay together, and ``block`` runs that followed each other, too.
+
+    The runs were 40 s apart and share their neighbours' load; nights are a day apart. Blocks of six are a stress.
+    """
     kept = np.array(list(_recorded(file)["repeats"]["series"].values())) / 100  # (quantity, run)
     quantities, runs = kept.shape
     groups = -(-series // quantities)
-    blocks = -(-nights // BLOCK)
+    blocks = -(-nights // block)
     starts = rng.integers(0, runs, (blocks, 1, histories, groups))
-    rows = ((starts + np.arange(BLOCK)[:, None, None]) % runs).reshape(-1, histories, groups)[:nights]
+    rows = ((starts + np.arange(block)[:, None, None]) % runs).reshape(-1, histories, groups)[:nights]
     drawn = kept[:, rows]  # (quantity, night, history, group)
     return np.ascontiguousarray(np.moveaxis(drawn, 0, -1)).reshape(nights, histories, -1)[:, :, :series]
 
@@ -198,16 +200,17 @@ def gone_wrong(rng: Generator, nights: int, histories: int, series: int, whole: 
 
 def steps(rng: Generator, nights: int, histories: int, series: int, wrong: float = 0.03, asked: int = 64) -> Floats:
     """Values in few steps: a share of questions, drawn anew every night."""
-    return np.log1p(-rng.binomial(asked, wrong, (nights, histories, series)) / asked)
+    return 1 - rng.binomial(asked, wrong, (nights, histories, series)) / asked
 
 
 NOISES: dict[str, Noise] = {
-    "recorded timings, in blocks (a busy CPU)": repeats,
+    "recorded timings (a busy CPU)": repeats,
     "recorded intervals of throughput (H200)": rounds,
     "the same, Student's t of 3": partial(rounds, freedom=3),
     "the same, AR(1) 0.5": correlated,
     "the same, 1 % of nights 30 % off": gone_wrong,
     "the same, a tenth of 1 % of nights 30 % off": partial(gone_wrong, whole=False),
+    "recorded timings, in blocks of six runs": partial(repeats, block=6),
     "shares of 64 questions": steps,
 }
 

@@ -20,7 +20,7 @@
     let shown = 0;
     for (const check of checks) {
       const fits = outcome === "all" || outcome.split(" ").includes(check.dataset.outcome);
-      check.hidden = !(fits && wordsOf(check).includes(text));
+      check.hidden = !(fits && (!text || wordsOf(check).includes(text)));
       shown += !check.hidden;
     }
     for (const group of groups) group.hidden = !group.querySelector(".check:not([hidden])");
@@ -46,8 +46,30 @@
   addEventListener("hashchange", reveal);
   reveal();
 
+  // Rows beyond the first are data until their table is opened.
+  let later;
+  const complete = (table) => {
+    const key = table.dataset.more;
+    if (!key) return;
+    delete table.dataset.more;
+    later ??= JSON.parse(document.getElementById("rows").textContent);
+    const columns = later[key];
+    const rows = document.createDocumentFragment();
+    for (let at = 0; at < columns[0][0].length; at++) {
+      const row = document.createElement("tr");
+      for (const [values, texts] of columns) {
+        const cell = row.insertCell();
+        const value = texts ? texts[values[at]] : values[at];
+        if (typeof value === "number") cell.className = "n";
+        cell.textContent = value ?? "-";
+      }
+      rows.append(row);
+    }
+    table.tBodies[0].append(rows);
+  };
+
   // Click a column's header to sort by it; numbers as numbers, what has no value last.
-  for (const table of document.querySelectorAll("table.sortable")) {
+  const sortable = (table) => {
     const body = table.tBodies[0];
     for (const header of table.tHead.rows[0].cells) {
       const button = document.createElement("button");
@@ -73,12 +95,25 @@
         body.append(...keyed.map(({ row }) => row));
       });
     }
+  };
+
+  // A table is made ready when it is first opened: a page has hundreds.
+  for (const details of document.querySelectorAll("details.data")) {
+    const ready = () => {
+      for (const table of details.querySelectorAll("table.sortable:not([data-ready])")) {
+        table.dataset.ready = "";
+        complete(table);
+        sortable(table);
+      }
+    };
+    if (details.open) ready();
+    details.addEventListener("toggle", () => details.open && ready());
   }
 
   // On paper, every check is open; tables of data stay as they are.
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll(".check:not([open]), .own:not([open]), .reason:not([open])")];
+    opened = [...document.querySelectorAll(".check:not([open]), .own:not([open]), .reason:not([open]), .charts:not([open])")];
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => {
