@@ -18,6 +18,7 @@ FREEDOM = 20.0  # at most: noise has heavier tails than the normal, however long
 PRIOR_FREEDOM = 4  # nights' worth of trust in the policy's noise
 EFFICIENCY = 0.35  # degrees of freedom that a night adds by a quantile of steps, of the order of the median's 37 %
 QUARTILE = 1.1503  # the upper quartile of a normal's absolute values; its median would not see a second mode
+EARLIER = 3  # nights before the accepted one, and after it, that may overrule it
 YOUNG = 12  # nights of a level, below which the steps tell the noise better
 CONSTANT_FROM = 5  # nights that say one and the same
 STILL = 0.02  # of the smallest effect: what moves less than that does not move
@@ -83,15 +84,15 @@ def learn(history: Floats, accepted: int, prior: Floats, smallest: Floats) -> Ba
         level = np.where(np.isnan(learnt), level, learnt)
     nights = taught.sum(0).astype(float)
     apart = np.where(taught, since - level, np.nan)
-    grown = nights >= YOUNG
-    variance = np.nansum(apart**2, axis=0) / np.maximum(nights - 1, 1)
-    correlation = np.full(len(level), _correlation(apart[:, grown]))
-    own = nights / ((1 + correlation**2) / (1 - correlation**2))
-    noise = np.where(grown, np.sqrt((PRIOR_FREEDOM * prior**2 + own * variance) / (PRIOR_FREEDOM + own)), noise)
-    freedom = np.minimum(np.where(grown, PRIOR_FREEDOM + own, freedom), FREEDOM)
     high = np.where(taught, since, -np.inf).max(0, initial=-np.inf)
     low = np.where(taught, since, np.inf).min(0, initial=np.inf)
     constant = (nights >= CONSTANT_FROM) & (high - low <= STILL * smallest)
+    grown = nights >= YOUNG
+    variance = np.nansum(apart**2, axis=0) / np.maximum(nights - 1, 1)
+    correlation = np.full(len(level), _correlation(apart[:, grown & ~constant]))
+    own = nights / ((1 + correlation**2) / (1 - correlation**2))
+    noise = np.where(grown, np.sqrt((PRIOR_FREEDOM * prior**2 + own * variance) / (PRIOR_FREEDOM + own)), noise)
+    freedom = np.minimum(np.where(grown, PRIOR_FREEDOM + own, freedom), FREEDOM)
     return Baseline(level, nights, noise, freedom, constant, correlation)
 
 
@@ -100,12 +101,13 @@ def _first(before: Floats, since: Floats) -> Floats:
 
     Of the accepted night, the median of the three after it and that of the three before it, the middle one. A change
     that was accepted stands with the nights after it, what regressed after that with the nights before: only a night
-    that is unlike both, a fluke that somebody accepted, is overruled. Of the very first nights it is the middle of three.
+    that is unlike both, a fluke that somebody accepted, is overruled. Of the very first nights it is
+    the middle of three.
     """
     if not len(since):
         return np.full(since.shape[1], np.nan)
-    after = _median(since[1:4])
-    earlier = _median(_packed(before[::-1])[:3]) if len(before) else np.full(since.shape[1], np.nan)
+    after = _median(since[1 : 1 + EARLIER])
+    earlier = _median(_packed(before[::-1])[:EARLIER]) if len(before) else np.full(since.shape[1], np.nan)
     three = np.stack([since[0], after, earlier])
     agreed = np.where(np.isnan(earlier), _median(since[:3]), _median(three))
     return np.where(np.isnan(after), since[0], agreed)
@@ -124,13 +126,10 @@ def _by_steps(recent: Floats, prior: Floats) -> tuple[Floats, Floats]:
 
 def _correlation(apart: Floats) -> float:
     """How much neighbouring nights are alike, over all series together: a machine's habit rather than a quantity's."""
-    now, before = apart[1:], apart[:-1]
-    size = np.nanmean(apart**2, axis=0) if apart.size else np.zeros(0)
-    pairs = (
-        np.where(size > 0, np.nanmean(now * before, axis=0), np.nan) / np.where(size > 0, size, 1)
-        if apart.size
-        else size
-    )
+    if not apart.size:
+        return USUAL
+    sizes = np.nanmean(apart**2, axis=0)
+    pairs = np.nanmean(apart[1:] * apart[:-1], axis=0)[sizes > 0] / sizes[sizes > 0]
     known = pairs[np.isfinite(pairs)]
     return float(np.clip(known.mean(), *CORRELATION)) if len(known) else USUAL
 

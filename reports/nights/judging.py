@@ -14,7 +14,7 @@ from fixtures.core.measurement import readable
 from reports.nights import evidence
 from reports.nights.baseline import Baseline, Floats, take
 from reports.nights.policy import rule_of
-from reports.nights.series import Key, Series
+from reports.nights.series import Key, Series, day
 from reports.nights.shifts import FEW, RATE, Flags, Policy, Shifts, baseline_of, direction, shifts
 
 
@@ -62,7 +62,7 @@ def judge(series: Sequence[Series], tonight: str, accepted: str | None, frozen: 
     said = _Said(tonight)
     _count(series, nights, said)
     if len(nights) > 1 and judged:
-        _compare(_Table(judged, nights), accepted, frozen, said)
+        _compare(Table(judged, nights), accepted, frozen, said)
     return said.judgement()
 
 
@@ -88,7 +88,7 @@ class _Said:
         )
 
 
-class _Table:
+class Table:
     """Series side by side: (night, series) on their rules' scales, tonight last."""
 
     def __init__(self, series: Sequence[Series], nights: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class _Against:
     way: Floats
 
 
-def _compare(table: _Table, accepted: str | None, frozen: str | None, said: _Said) -> None:
+def _compare(table: Table, accepted: str | None, frozen: str | None, said: _Said) -> None:
     rows = {"the accepted level" if accepted else "the first nights": table.row(accepted)}
     if frozen is not None and frozen != accepted:
         rows["the frozen baseline"] = table.row(frozen)
@@ -160,7 +160,7 @@ def _compare(table: _Table, accepted: str | None, frozen: str | None, said: _Sai
             _rest(table, column, first, said)
 
 
-def _against(name: str, table: _Table, row: int) -> _Against:
+def _against(name: str, table: Table, row: int) -> _Against:
     baseline = baseline_of(table.values[:-1], row, table.policy)
     way = direction(table.values, baseline, table.policy)
     found = [shifts(table.values, baseline, table.policy, side * way) for side in (1, -1)]
@@ -179,7 +179,7 @@ def _standing(found: Sequence[Shifts]) -> tuple[Flags, Floats, NDArray[np.intp],
     return stands, per.min(0), which, [tests[w][column] for column, w in enumerate(which)]
 
 
-def _rest(table: _Table, column: int, against: _Against, said: _Said) -> None:
+def _rest(table: Table, column: int, against: _Against, said: _Said) -> None:
     """What is to be said of a series that neither regressed nor improved."""
     series, raw = table.series[column], table.raw[:, column]
     level = float(against.baseline.level[column])
@@ -206,7 +206,7 @@ def _rest(table: _Table, column: int, against: _Against, said: _Said) -> None:
         said.suspects.append(Finding(series.key, float(raw[-1]), expected, change, float(alone), why))
 
 
-def _finding(table: _Table, column: int, one: _Against, chance: float, test: str, worse: bool) -> Finding:
+def _finding(table: Table, column: int, one: _Against, chance: float, test: str, worse: bool) -> Finding:
     rule, raw = table.rules[column], float(table.raw[-1, column])
     level = float(one.baseline.level[column])
     expected = rule.told(level)
@@ -217,12 +217,12 @@ def _finding(table: _Table, column: int, one: _Against, chance: float, test: str
         "two nights": "two nights running",
         "week": "by the mean of a week",
     }[test]
-    night = "tonight" if since == table.nights[-1] else f"since {since}"
+    night = "tonight" if since == table.nights[-1] else f"since {day(since)}"
     why = f"{_change(change) or 'changed'} against {one.name} ({readable(expected)}), {seen}, {night}"
     return Finding(table.series[column].key, raw, expected, change, float(chance), why, since)
 
 
-def _since(table: _Table, column: int, level: float, way: float) -> str:
+def _since(table: Table, column: int, level: float, way: float) -> str:
     """The first of the nights up to tonight that all lie beyond half the smallest change that counts."""
     values = table.values[:, column]
     first = len(values) - 1

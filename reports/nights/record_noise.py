@@ -52,17 +52,11 @@ def repeats(runs: Sequence[Run], how: str) -> dict[str, Any]:
 
 
 def intervals(file: Path) -> list[dict[str, Any]]:
-    """The ratios of tokens per second to FP16's, of six rounds each, with their 95 % intervals, that a run's tables hold."""
-    found = []
-    for result in store.load(file).results:
-        for table in result.tables:
-            if table.title != "Throughput":
-                continue
-            at = {name: table.columns.index(name) for name in ("regime", "kernel", "low", "high")}
-            for row in table.rows:
-                if row[at["low"]] is not None:
-                    found.append({name: row[place] for name, place in at.items()} | {"file": file.name})
-    return found
+    """The 95 % intervals of six rounds' ratios of tokens per second to FP16's, that a run's tables hold."""
+    tables = [t for result in store.load(file).results for t in result.tables if t.title == "Throughput"]
+    wanted = ("regime", "kernel", "low", "high")
+    rows = [{name: row[t.columns.index(name)] for name in wanted} for t in tables for row in t.rows]
+    return [row | {"file": file.name} for row in rows if row["low"] is not None]
 
 
 if __name__ == "__main__":

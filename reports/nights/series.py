@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -90,6 +91,11 @@ class Series:
         if isinstance(self.points, Points):
             return self.points.values
         return np.array([point.value for point in self.points], dtype=np.float64)
+
+
+def day(night: str) -> str:
+    """A night's name as a person says it: its date, where the name begins with one."""
+    return night[:10] if re.match(r"\d{4}-\d\d-\d\dT", night) else night
 
 
 Verdict = Literal["steady", "improved", "regressed", "failing", "unjudged"]

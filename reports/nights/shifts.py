@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reports.nights import evidence
-from reports.nights.baseline import RECENT, Baseline, Floats, learn, take
+from reports.nights.baseline import EARLIER, RECENT, Baseline, Floats, learn, take
 
 RATE = 0.005  # of nights with any false alarm that the correction promises; real noise has more tails than its model
 HUGE = 10.0  # standard deviations that a change must have, too, to be believed at once
@@ -82,7 +82,7 @@ def shifts(values: Floats, baseline: Baseline, policy: Policy, way: Floats) -> S
 
 def baseline_of(history: Floats, accepted: int, policy: Policy) -> Baseline:
     """The baseline that nights before tonight teach; see ``learn``."""
-    start = min(accepted, max(len(history) - RECENT, 0))
+    start = max(min(accepted, len(history) - RECENT) - EARLIER, 0)
     return learn(history[start:], accepted - start, policy.prior, policy.smallest)
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.random import Generator
 from scipy import special
 
-from reports.nights.baseline import Floats, learn
+from reports.nights.baseline import Floats
 from reports.nights.policy import Rule, rule_of
-from reports.nights.shifts import RATE, Policy, baseline_of, direction, shifts
+from reports.nights.shifts import RATE, Flags, Policy, baseline_of, direction, shifts
 
 RECORDED = Path(__file__).with_name("noise.json")
 ROUNDS = 6  # behind a recorded interval
@@ -72,12 +72,13 @@ def false_alarms(noise: Noise, series: int, *, nights: int = 10_000, accepted: i
     """
     each, batch = 20, max(1, 60_000 // series)
     histories = max(nights // each, 1)
-    alarms: list[Floats] = []
+    alarms: list[Flags] = []
     rng = np.random.default_rng(seed)
     for start in range(0, histories, batch):
         count = min(batch, histories - start)
         values = noise(rng, BEFORE + each, count, series).reshape(BEFORE + each, -1)
-        alarms.append(_alarms(values, count, accepted, each, SHARE if noise is steps else THROUGHPUT).any(2))
+        quantity = SHARE if noise is steps else THROUGHPUT
+        alarms.append(np.asarray(_alarms(values, count, accepted, each, quantity).any(axis=2)))
     return _rate(np.concatenate(alarms, axis=1))
 
 
@@ -95,10 +96,11 @@ def found(
     values = noise(rng, BEFORE + 2, histories, series)
     values[-2:, :, plant.series] += plant.change
     alarms = _alarms(values.reshape(BEFORE + 2, -1), histories, 10, 2, quantity)
-    return _rate(alarms[:, :, plant.series].any((0, 2))[None])
+    seen: Flags = np.asarray(alarms[:, :, plant.series].any(axis=(0, 2)))
+    return _rate(seen[None])
 
 
-def _alarms(values: Floats, histories: int, accepted: int, each: int, quantity: tuple[str, str]) -> Floats:
+def _alarms(values: Floats, histories: int, accepted: int, each: int, quantity: tuple[str, str]) -> Flags:
     """Which series regress on each of the last nights: (night, history, series), each history one family."""
     rule = rule_of(*quantity)
     policy = _policy(rule, values.shape[1])
@@ -108,7 +110,7 @@ def _alarms(values: Floats, histories: int, accepted: int, each: int, quantity: 
     for night in range(each):
         tonight = first + night + 1
         if night % 5 == 0:  # a baseline that has learnt its nights stands: its noise alone is taken anew
-            baselines = [baseline_of(values[: tonight - 1], accepted, policy), _frozen(values[: tonight - 1], policy)]
+            baselines = [baseline_of(values[: tonight - 1], row, policy) for row in (accepted, 0)]
         chances, family = [], 0
         for baseline in baselines:
             seen = shifts(values[:tonight], baseline, policy, direction(values[:tonight], baseline, policy))
@@ -118,17 +120,13 @@ def _alarms(values: Floats, histories: int, accepted: int, each: int, quantity: 
     return alarms
 
 
-def _frozen(history: Floats, policy: Policy) -> Any:
-    return learn(history, 0, policy.prior, policy.smallest)
-
-
 def _policy(rule: Rule, series: int) -> Policy:
     sides = {"up": 1.0, "down": -1.0, "either": 0.0, "never": 0.0}
     row = (sides[rule.worse], rule.prior(0.97), rule.smallest(0.97), rule.largest())
     return Policy(*(np.full(series, number) for number in row))
 
 
-def _rate(alarms: Floats) -> Rate:
+def _rate(alarms: Flags) -> Rate:
     """The rate of alarms: (night, history)."""
     nights, hits = alarms.size, int(alarms.sum())
     share, each = hits / nights, alarms.shape[0]
@@ -147,7 +145,7 @@ def _recorded(file: Path) -> dict[str, Any]:
 
 
 def repeats(rng: Generator, nights: int, histories: int, series: int, file: Path = RECORDED, block: int = 1) -> Floats:
-    """Recorded timings; the quantities of a run stay together, and ``block`` runs that followed each other, too.
+    """Recorded timings; a run's quantities stay together, and ``block`` runs that followed each other.
 
     The runs were 40 s apart and share their neighbours' load; nights are a day apart. Blocks of six are a stress.
     """
@@ -162,7 +160,7 @@ def repeats(rng: Generator, nights: int, histories: int, series: int, file: Path
 
 
 def sigmas(file: Path = RECORDED, regime: str | None = None) -> Floats:
-    """The standard deviations of a night's ratio, in logarithms, that the recorded intervals tell, of six rounds each."""
+    """The standard deviations of a night's ratio, in logarithms, that the recorded intervals of six rounds tell."""
     student = float(special.stdtrit(ROUNDS - 1, 0.975))
     kept = [row for row in _recorded(file)["intervals"] if regime in (None, row["regime"])]
     return np.array([math.log(row["high"] / row["low"]) / 2 / student for row in kept])
@@ -231,13 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("a loss of 5 % of throughput, found within two nights among 150 noisy quantities")
     kernel = np.concatenate([sigmas(regime=name)[:1] for name in dict.fromkeys(_regimes())])
     everywhere = partial(rounds, sigma=np.resize(kernel, 150))
-    print(
-        f"  {'of a kernel, in all its regimes':<45} {found(everywhere, 150, Plant(math.log(0.95), slice(0, len(kernel))))}"
-    )
+    of_kernel = found(everywhere, 150, Plant(math.log(0.95), slice(0, len(kernel))))
+    print(f"  {'of a kernel, in all its regimes':<45} {of_kernel}")
     for name in dict.fromkeys(_regimes()):
-        sigma = np.median(sigmas(regime=name))
-        alone = partial(rounds, sigma=np.full(150, sigma))
-        told = f"in {name} alone (noise {100 * sigma:.2f} %)"
+        usual = float(np.median(sigmas(regime=name)))
+        alone = partial(rounds, sigma=np.full(150, usual))
+        told = f"in {name} alone (noise {100 * usual:.2f} %)"
         print(f"  {told:<45} {found(alone, 150, Plant(math.log(0.95), slice(0, 1)))}")
     print("a rise of 10 % of KL, found within two nights among 150 quantities")
     for sigma in (0.0, 0.005, 0.01, 0.015, 0.02, 0.12):
