@@ -126,7 +126,7 @@ def _by_steps(recent: Floats, prior: Floats) -> tuple[Floats, Floats]:
 
 def _correlation(apart: Floats) -> float:
     """How much neighbouring nights are alike, over all series together: a machine's habit rather than a quantity's."""
-    if not apart.size:
+    if len(apart) < 2 or not apart.size:
         return USUAL
     sizes = np.nanmean(apart**2, axis=0)
     pairs = np.nanmean(apart[1:] * apart[:-1], axis=0)[sizes > 0] / sizes[sizes > 0]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 SHORTEST = 3  # nights of a level
+NEWEST = 2  # of the one that goes on
 PENALTY = 4.0  # times log(nights), in squared standard deviations; see ``changes``
 _WILD = 3.0  # standard deviations from its neighbours' median that a night counts for
 _QUARTILE = 1.1503 * math.sqrt(2)  # the upper quartile of a normal's absolute steps
@@ -47,7 +48,8 @@ def _partitions(values: Floats) -> list[list[int]]:
     best[0] = 0.0
     came = np.zeros((nights + 1, series), int)
     for end in range(SHORTEST, nights + 1):
-        starts = np.r_[0, np.arange(SHORTEST, end - SHORTEST + 1)]
+        shortest = SHORTEST if end < nights else NEWEST
+        starts = np.r_[0, np.arange(SHORTEST, end - shortest + 1)]
         length = (end - starts)[:, None]
         cost = best[starts] + squares[end] - squares[starts] - (sums[end] - sums[starts]) ** 2 / length
         least = cost.argmin(0)

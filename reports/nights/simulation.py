@@ -218,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nights", type=int, default=10_000)
     parser.add_argument("--series", type=int, nargs="+", default=[15, 150, 1500])
+    parser.add_argument("--histories", type=int, default=400, help="in which a change is planted")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     print(
@@ -229,18 +230,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("a loss of 5 % of throughput, found within two nights among 150 noisy quantities")
     kernel = np.concatenate([sigmas(regime=name)[:1] for name in dict.fromkeys(_regimes())])
     everywhere = partial(rounds, sigma=np.resize(kernel, 150))
-    of_kernel = found(everywhere, 150, Plant(math.log(0.95), slice(0, len(kernel))))
+    of_kernel = found(everywhere, 150, Plant(math.log(0.95), slice(0, len(kernel))), histories=asked.histories)
     print(f"  {'of a kernel, in all its regimes':<45} {of_kernel}")
     for name in dict.fromkeys(_regimes()):
         usual = float(np.median(sigmas(regime=name)))
         alone = partial(rounds, sigma=np.full(150, usual))
         told = f"in {name} alone (noise {100 * usual:.2f} %)"
-        print(f"  {told:<45} {found(alone, 150, Plant(math.log(0.95), slice(0, 1)))}")
+        print(f"  {told:<45} {found(alone, 150, Plant(math.log(0.95), slice(0, 1)), histories=asked.histories)}")
     print("a rise of 10 % of KL, found within two nights among 150 quantities")
     for sigma in (0.0, 0.005, 0.01, 0.015, 0.02, 0.12):
         noise = partial(rounds, sigma=np.full(150, sigma))
         told = f"noise {100 * sigma:.1f} %"
-        print(f"  {told:<45} {found(noise, 150, Plant(math.log(1.1), slice(0, 1)), quantity=KL)}")
+        print(
+            f"  {told:<45} {found(noise, 150, Plant(math.log(1.1), slice(0, 1)), quantity=KL, histories=asked.histories)}"
+        )
 
 
 def _regimes() -> list[str]:
