@@ -40,13 +40,6 @@ CREATE TABLE night (
 );
 CREATE TABLE refused (name TEXT PRIMARY KEY, size INTEGER NOT NULL, changed INTEGER NOT NULL, why TEXT NOT NULL);
 """
-_KEY = """
-INSERT INTO key (target, "check", "case", quantity, unit, bounds, latest) VALUES (?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET
-    bounds = CASE WHEN excluded.latest >= latest THEN excluded.bounds ELSE bounds END,
-    latest = max(latest, excluded.latest)
-RETURNING id
-"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,15 @@ class Entry:
     def failing(self) -> int:
         """Checks that failed or erred."""
         return sum(self.outcomes.get(outcome, 0) for outcome in ("failed", "error"))
+
+
+@dataclass
+class _Known:
+    """What the index knows of a quantity: its number, and how the latest night that has it bounds it."""
+
+    id: int
+    bounds: frozenset[str]
+    latest: str
 
 
 class Index:
@@ -104,6 +106,7 @@ class Index:
         if not news and not gone:
             return
         with self._transaction():
+            keys = self._keys()
             for name in (*gone, *news):
                 for table in ("night", "refused"):
                     self.database.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
@@ -113,7 +116,9 @@ class Index:
                 except UserError as error:
                     self.database.execute("INSERT INTO refused VALUES (?, ?, ?, ?)", (name, *there[name], str(error)))
                 else:
-                    self._add(name, there[name], run)
+                    self._add(name, there[name], run, keys)
+            rows = [(of.id, *_words(key), " ".join(sorted(of.bounds)), of.latest) for key, of in keys.items()]
+            self.database.executemany("INSERT OR REPLACE INTO key VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def nights(self) -> list[Entry]:
         """Every night, oldest first."""
@@ -149,12 +154,7 @@ class Index:
         ).fetchall()
         if not rows:
             return []
-        keys = {
-            number: (Key(*words), frozenset(bounds.split()))
-            for number, *words, bounds in self.database.execute(
-                'SELECT id, target, "check", "case", quantity, unit, bounds FROM key'
-            )
-        }
+        keys = {of.id: (key, of.bounds) for key, of in self._keys().items()}
         names, ids, found = [], [], []
         for name, told, blob, values_blob in rows:
             which, value = np.frombuffer(blob, np.int32), np.frombuffer(values_blob, np.float64)
@@ -167,11 +167,20 @@ class Index:
             found.append(value)
         return sorted(_series(names, ids, found, keys), key=lambda series: series.key)
 
-    def _add(self, name: str, state: tuple[int, int], run: Run) -> None:
+    def _keys(self) -> dict[Key, _Known]:
+        """Every quantity that any night ever had."""
+        rows = self.database.execute('SELECT target, "check", "case", quantity, unit, id, bounds, latest FROM key')
+        return {Key(*row[:5]): _Known(row[5], frozenset(row[6].split()), row[7]) for row in rows}
+
+    def _add(self, name: str, state: tuple[int, int], run: Run, keys: dict[Key, _Known]) -> None:
+        """Add a night; ``keys`` learns its quantities."""
         said = kinds.key_text(kinds.kind_of(run.about))
         self.database.execute("INSERT OR IGNORE INTO kind (said) VALUES (?)", (said,))
         measured = values(run)
-        ids = [self._key(key, value.bounds, name) for key, value in measured.items()]
+        for key, value in measured.items():
+            known = keys.setdefault(key, _Known(len(keys) + 1, value.bounds, name))  # none is ever taken away
+            if name > known.latest:
+                known.bounds, known.latest = value.bounds, name
         outcomes: dict[str, int] = {}
         for result in run.results:
             standing = verdict.standing(result)
@@ -185,15 +194,10 @@ class Index:
                 json.dumps(outcomes),
                 verdict.headline(run),
                 json.dumps(kinds.subjects_of(run.about)),
-                np.array(ids, np.int32).tobytes(),
+                np.array([keys[key].id for key in measured], np.int32).tobytes(),
                 np.array([value.value for value in measured.values()], np.float64).tobytes(),
             ),
         )
-
-    def _key(self, key: Key, bounds: frozenset[str], night: str) -> int:
-        words = (key.target, key.check, key.case, key.quantity, key.unit)
-        row = self.database.execute(_KEY, (*words, " ".join(sorted(bounds)), night)).fetchone()
-        return int(row[0])
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -205,6 +209,10 @@ class Index:
                 self.database.execute("ROLLBACK")
             raise
         self.database.execute("COMMIT")
+
+
+def _words(key: Key) -> tuple[str, str, str, str, str]:
+    return key.target, key.check, key.case, key.quantity, key.unit
 
 
 def _series(

@@ -58,7 +58,7 @@ def read(path: Path, entry: Callable[[Mapping[str, Any]], Entry]) -> tuple[list[
             found.append(entry(_checked(json.loads(line.decode()))))
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            refused.append(f"{path.name}, line {number}: left out, it is no entry of this file ({reason})")
+            refused.append(f"{path}, line {number}: left out, it is no entry of this file ({reason})")
     return found, refused
 
 

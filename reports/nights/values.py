@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from fixtures.core.measurement import Measurement
 from fixtures.core.results import Result, Run
@@ -34,22 +35,24 @@ def values(run: Run) -> dict[Key, Value]:
     """
     found: dict[Key, Value] = {}
     for result in run.results:
+        target, check = _line(result.target_id), _line(f"{result.suite}: {result.check}")
+        case = _line(result.case or result.modality or "")
         for quantity, unit, value in _measured(result):
-            case = result.case or result.modality or ""
-            words = (result.target_id, f"{result.suite}: {result.check}", case, quantity, unit)
-            key = Key(*map(inline, words))  # anybody may have written them, and terminals will show them
-            found[_free(key, found)] = value
+            found[_free(Key(target, check, case, _line(quantity), _line(unit)), found)] = value
     return found
 
 
 def worse(key: Key, bounds: frozenset[str]) -> Worse:
     """Which way a quantity is for the worse: toward its bound, either way with one on each side or an exact one.
 
-    Without a bound it is the policy's say: tokens per second fall, milliseconds rise.
+    Without a bound it is the policy's say: tokens per second fall, milliseconds rise. A bound that only keeps a number
+    from the absurd (peak memory is at least nothing) must not hide what the policy knows: then it is either way.
     """
+    told = policy.worse_of(key.quantity, key.unit)
     if not bounds:
-        return policy.worse_of(key.quantity, key.unit)
-    return _BY_BOUNDS.get(bounds, "either")
+        return told
+    bounded = _BY_BOUNDS.get(bounds, "either")
+    return "either" if {bounded, told} == {"up", "down"} else bounded
 
 
 def _measured(result: Result) -> Iterator[tuple[str, str, Value]]:
@@ -76,6 +79,12 @@ def _twins(one: Measurement, other: Measurement) -> bool:
     kinds = [m.bound.kind for m in (one, other) if m.bound is not None]
     same = one.value == other.value or (math.isnan(one.value) and math.isnan(other.value))
     return same and len(set(kinds)) == len(kinds)
+
+
+@lru_cache(maxsize=1 << 16)  # every night says the same words
+def _line(words: str) -> str:
+    """Words as one line: anybody may have written them, and terminals will show them."""
+    return inline(words)
 
 
 def _free(key: Key, taken: dict[Key, Value]) -> Key:

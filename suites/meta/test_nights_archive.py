@@ -382,8 +382,8 @@ def test_another_checkpoint(history: History, subject: str, then: Any, points: i
 
 def bounded(quantity: str, value: float, **bounds: float) -> list[Measurement]:
     """A measurement per bound, or one without any."""
-    found = [Measurement(quantity, value, "s", Bound(kind, limit)) for kind, limit in bounds.items()]  # type: ignore[arg-type]
-    return found or [Measurement(quantity, value, "s")]
+    found = [Measurement(quantity, value, "", Bound(kind, limit)) for kind, limit in bounds.items()]  # type: ignore[arg-type]
+    return found or [Measurement(quantity, value)]
 
 
 @pytest.mark.parametrize(
@@ -418,11 +418,13 @@ def test_values_of_one_name() -> None:
 
 
 def test_policy_says_what_no_bound_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which way a quantity without a bound is worse is the policy's say, by its name and unit."""
+    """Which way a quantity without a bound is worse is the policy's say; a bound does not hide the other way."""
     monkeypatch.setattr(policy, "worse_of", lambda quantity, unit: "down" if unit == "tokens/s" else "never")
     assert worse(SPEED, frozenset()) == "down"
     assert worse(KL, frozenset()) == "never"
-    assert worse(SPEED, frozenset({"at_most"})) == "up"
+    assert worse(SPEED, frozenset({"at_least"})) == "down"
+    assert worse(SPEED, frozenset({"at_most"})) == "either"
+    assert worse(KL, frozenset({"at_most"})) == "up"
 
 
 def test_strange_names(history: History) -> None:
