@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ def _page(context: dict[str, Any], budget: _Budget, kept: Collection[int]) -> st
     template = environment().get_template("report.html")
     figures = {name: chart.figure for name, chart in context["figures"].items() if budget.charts}
     return template.render(
-        context, budget=budget, later=LaterRows(budget.rows), kept=kept, figures=embedded(figures)
+        context,
+        budget=budget,
+        later=LaterRows(budget.rows),
+        kept=kept,
+        lost=sum(id(m) not in kept for r in context["run"].results for m in r.media),
+        figures=embedded(figures),
     ).lstrip()
 
 
@@ -203,6 +209,7 @@ def moment(started: object) -> str:
     return f"{match[1]} {match[2]} UTC" if match else str(started)
 
 
+@cache
 def environment() -> jinja2.Environment:
     """The templates, with what they need; whatever they are given is escaped."""
     environment = jinja2.Environment(
