@@ -5,6 +5,7 @@ Playwright drives Debian's own Chromium, or what QUANTPROOF_CHROMIUM names.
 
 from __future__ import annotations
 
+import html
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -259,3 +260,29 @@ def test_nothing_from_outside_runs(show):
     assert page.locator("a[href^=http], a[href^=javascript]").count() == 0
     assert page.locator("script").count() == 6  # two of data, the library as text and run, and two of the page
     assert any("</script><script>" in said for said in page.locator(".plot .legendtext").all_text_contents())
+
+
+@pytest.mark.parametrize(("policy", "ran"), [(True, None), (False, 1)], ids=["policy alone", "neither"])
+def test_the_attack_is_one(browser, tmp_path, policy, ran):
+    """Without escaping the page's policy alone still stops the attack, and without both it runs: it is a real one."""
+    unescaped = html.unescape(render(evil()))
+    if not policy:
+        unescaped = unescaped.replace("Content-Security-Policy", "no-policy")
+    (tmp_path / "index.html").write_text(unescaped, encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "index.html").as_uri())
+    assert page.evaluate("window.evil") == ran
+    page.close()
+
+
+def test_a_changed_library_does_not_run(browser, tmp_path):
+    """A library that is not, byte by byte, the one that the page's policy names is refused, and nothing is drawn."""
+    changed = render(illustrated()).replace("plotly.js (cartesian - minified)", "plotly.js (someone's own)")
+    (tmp_path / "index.html").write_text(changed, encoding="utf-8")
+    page = browser.new_page(viewport=WIDE)
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto((tmp_path / "index.html").as_uri())
+    page.wait_for_function("document.querySelector('.plot').scrollIntoView() || window.Plotly === undefined")
+    page.close()
+    assert any("Content Security Policy" in line for line in said)
