@@ -137,10 +137,10 @@ def test_rows_beyond_the_first_are_data():
     later = LaterRows(most=45)
     key = later.add(Table("t", ("tower", "layer", "value"), tuple(rows)))
     tower, layer, value = later.data[key]
-    assert tower == [[0] * 15, ["language_model"]]
-    assert layer == [list(range(30, 45))]
-    assert (value[0][0], value[0][10]) == (4.286, None)
-    assert later.add(Table("short", ("a",), ((1,),) * 30)) == ""
+    assert tower == [[0] * 25, ["language_model"]]
+    assert layer == [list(range(20, 45))]
+    assert (value[0][0], value[0][20]) == (2.857, None)
+    assert later.add(Table("short", ("a",), ((1,),) * 20)) == ""
 
 
 # Pictures and sounds
