@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Script:
     source: Markup  # ours, never from outside: it is not escaped
     later: bool = False  # inlined as text, to be run when it is needed
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """What the page's Content-Security-Policy names it by, so that no other script runs."""
         return f"sha256-{base64.b64encode(hashlib.sha256(self.source.encode()).digest()).decode()}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fixtures.core.measurement import readable
@@ -44,22 +45,35 @@ def drift(results: Sequence[Result]) -> Chart | None:
     )
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """How many tokens have a KL from ``low`` to ``high`` nats, and how many none that is a number."""
+
+    bins: tuple[tuple[float, float, float], ...]  # (low, high, tokens), in order, without empty ones at the ends
+    broken: float
+
+    @property
+    def total(self) -> float:
+        """All tokens compared."""
+        return sum(tokens for *_, tokens in self.bins) + self.broken
+
+
 def divergence(results: Sequence[Result]) -> Chart | None:
     """How the KL of single tokens is distributed, a line per modality."""
-    bins: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     sources = []
     for result, row in records(results, "KL distribution", "from nats", "to nats", "tokens"):
-        low, high, tokens = (number(row[name]) for name in ("from nats", "to nats", "tokens"))
-        if low is not None and tokens is not None and (high or low) > 0:
-            bins[_kind(result)].append((low, high if high is not None else low * 10, tokens))
-            sources.append(result)
-    if not any(tokens for found in bins.values() for *_, tokens in found):
+        found[_kind(result)].append(row)
+        sources.append(result)
+    spreads = {name: _spread(rows) for name, rows in found.items()}
+    spreads = {name: spread for name, spread in spreads.items() if spread.total}
+    if not spreads:
         return None
     return Chart(
         name="kl",
         title="KL divergence of single tokens from the reference, in nats",
-        finding=" ".join(_spread(name, sorted(found)) for name, found in bins.items()),
-        traces=[_steps(at, name, sorted(found)) for at, (name, found) in enumerate(bins.items())],
+        finding=" ".join(_says(name, spread) for name, spread in spreads.items()),
+        traces=[_steps(at, name, spread) for at, (name, spread) in enumerate(spreads.items())],
         layout={
             "xaxis": {"type": "log", "title": {"text": "nats, log scale"}, "exponentformat": "power", "dtick": 1},
             "yaxis": {"title": {"text": "share of tokens"}, "tickformat": ".0%", "rangemode": "tozero"},
@@ -68,29 +82,44 @@ def divergence(results: Sequence[Result]) -> Chart | None:
     )
 
 
-def _steps(at: int, name: str, bins: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    """A line that steps from bin to bin; the lowest, which starts at zero, is as wide as its neighbour."""
-    total = sum(tokens for *_, tokens in bins) or 1
-    widths = [high / low for low, high, _ in bins if low > 0 and high > low]
-    width = widths[0] if widths else 10.0
-    centres = [math.sqrt((low if low > 0 else high / width) * high) for low, high, _ in bins]
-    told = [[readable(low), readable(high), readable(tokens)] for low, high, tokens in bins]
+def _spread(rows: Sequence[Mapping[str, Any]]) -> _Spread:
+    """The rows of one histogram: no ``to`` is beyond the last bin, and no ``from`` either is no number at all."""
+    bins, broken = [], 0.0
+    for row in rows:
+        low, high, tokens = (number(row[name]) for name in ("from nats", "to nats", "tokens"))
+        if low is None:
+            broken += tokens or 0.0
+        elif tokens is not None and (high is None or high > low >= 0):
+            bins.append((low, 10 * low if high is None else high, tokens))
+    bins = sorted(entry for entry in bins if entry[1] > 0)
+    taken = [at for at, (*_, tokens) in enumerate(bins) if tokens]
+    return _Spread(tuple(bins[taken[0] : taken[-1] + 1]) if taken else (), broken)
+
+
+def _steps(at: int, name: str, spread: _Spread) -> dict[str, Any]:
+    """A line that steps from bin to bin; the lowest, which starts at zero, is as wide as another."""
+    width = next((high / low for low, high, _ in spread.bins if low > 0), 10.0)
+    centres = [math.sqrt((low if low > 0 else high / width) * high) for low, high, _ in spread.bins]
+    told = [[readable(low), readable(high), readable(tokens)] for low, high, tokens in spread.bins]
     hover = "%{customdata[0]} to %{customdata[1]} nats: %{customdata[2]} tokens, %{y:.1%}"
-    more = {"customdata": told, "hovertemplate": hover}
-    drawn = line(at, name, centres, [number(tokens / total) for *_, tokens in bins], **more)
+    shares = [number(tokens / spread.total) for *_, tokens in spread.bins]
+    drawn = line(at, name, centres, shares, customdata=told, hovertemplate=hover)
     return drawn | {"line": {**drawn["line"], "shape": "hvh"}}
 
 
-def _spread(name: str, bins: Sequence[tuple[float, float, float]]) -> str:
-    total = sum(tokens for *_, tokens in bins)
-    reached, half = 0.0, bins[-1][1]
-    for _, high, tokens in bins:
+def _says(name: str, spread: _Spread) -> str:
+    broken = f"{readable(spread.broken)} of {readable(spread.total)} tokens have no KL that is a number."
+    if not spread.bins:
+        return f"{name}: {broken}"
+    reached, half = 0.0, spread.bins[-1][1]
+    for _, high, tokens in spread.bins:
         reached += tokens
-        if reached >= total / 2:
+        if reached >= spread.total / 2:
             half = high
             break
-    top = max((high for _, high, tokens in bins if tokens), default=half)
-    return f"{name}: of {readable(total)} tokens half are below {readable(half)} nats, all below {readable(top)}."
+    most = readable(spread.bins[-1][1])
+    said = f"{name}: of {readable(spread.total)} tokens half are below {readable(half)} nats, all below {most}."
+    return f"{said} {broken}" if spread.broken else said
 
 
 def sensitivity(results: Sequence[Result]) -> Chart | None:
@@ -133,38 +162,44 @@ def sensitivity(results: Sequence[Result]) -> Chart | None:
 
 
 def mixed(results: Sequence[Result]) -> Chart | None:
-    """What KL is left as more and more layers are kept in 16 bits, against the bytes that costs."""
-    steps = []
-    for result, row in records(results, "Mixed precision", "kept in 16 bits", "bytes", "KL nats"):
+    """What KL is left as more and more layers are kept in 16 bits, against the bytes that costs; a line per start."""
+    lines: list[list[tuple[float, float, str]]] = []
+    sources = []
+    for result, row in records(results, "Mixed precision", "step", "kept in 16 bits", "bytes", "KL nats"):
         size, cost = number(row["bytes"]), number(row["KL nats"])
-        if size is not None and cost is not None:
-            steps.append((size / 1e6, cost, str(row["kept in 16 bits"] or "nothing"), result))
-    if not steps:
+        if size is None or cost is None:
+            continue
+        if row["step"] == 0 or not lines:  # each way of asking starts with nothing kept
+            lines.append([])
+        lines[-1].append((size / 1e6, cost, str(row["kept in 16 bits"] or "nothing")))
+        sources.append(result)
+    if not lines:
         return None
-    first, last = steps[0], steps[-1]
+    said = [
+        f"Keeping {last[2]} in 16 bits takes {readable(last[0])} MB instead of {readable(first[0])} "
+        f"and leaves {readable(last[1])} nats of {readable(first[1])}."
+        for first, *_, last in (steps for steps in lines if len(steps) > 1)
+    ]
     return Chart(
         name="mixed-precision",
         title="Mixed precision: layers kept in 16 bits, the most useful first",
-        finding=(
-            f"Keeping {last[2]} in 16 bits takes {readable(last[0])} MB instead of {readable(first[0])} "
-            f"and leaves {readable(last[1])} nats of {readable(first[1])}."
-        ),
+        finding=" ".join(said) or "No layer was kept in 16 bits.",
         traces=[
             line(
-                0,
-                "KL",
+                at,
+                steps[0][2].removeprefix("nothing, "),
                 [size for size, *_ in steps],
-                [cost for _, cost, *_ in steps],
-                customdata=[text(kept, 200) for _, _, kept, _ in steps],
+                [cost for _, cost, _ in steps],
+                customdata=[text(kept, 200) for *_, kept in steps],
                 hovertemplate="kept: %{customdata}<br>%{x:.4~g} MB, %{y:.4~g} nats<extra></extra>",
             )
+            for at, steps in enumerate(lines)
         ],
         layout={
             "xaxis": {"title": {"text": "MB of weights"}},
             "yaxis": {"title": {"text": "mean KL, nats"}, "rangemode": "tozero"},
-            "showlegend": False,
         },
-        sources=distinct([result for *_, result in steps]),
+        sources=distinct(sources),
     )
 
 

@@ -59,17 +59,17 @@ def ledger(results: Sequence[Result]) -> Chart | None:
 
 def meters(results: Sequence[Result]) -> Chart | None:
     """Predicted bytes beside what the allocator, its reserve and NVML count, per checkpoint and engine."""
-    rows: dict[str, list[float | None]] = {}
+    rows: dict[tuple[str, str], list[float | None]] = {}
     sources = []
     for title in ("Memory in transformers", "Memory inside vLLM"):
         for result, row in records(results, title, "checkpoint", "in", *_METERS):
             sizes = [number(row[name]) for name in _METERS]
             if any(size is not None for size in sizes):
-                rows[f"{_checkpoint(row['checkpoint'])} in {row['in']}"] = sizes
+                rows[_checkpoint(row["checkpoint"]), f"in {row['in']}"] = sizes
                 sources.append(result)
     if not rows:
         return None
-    said = [f"{name}: {readable(sizes[1])} GB." for name, sizes in rows.items() if sizes[1] is not None]
+    said = [f"{' '.join(name)}: {readable(sizes[1])} GB." for name, sizes in rows.items() if sizes[1] is not None]
     return Chart(
         name="memory",
         title="Memory of the GPU, in GB, by who counts it",
@@ -79,7 +79,7 @@ def meters(results: Sequence[Result]) -> Chart | None:
                 at,
                 meter.removesuffix(" GB"),
                 [sizes[at] for sizes in rows.values()],
-                [text(name) for name in rows],
+                ["<br>".join(map(text, name)) for name in rows],
                 orientation="h",
                 hovertemplate="%{fullData.name}: %{x:.4~g} GB<extra></extra>",
             )

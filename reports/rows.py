@@ -9,7 +9,7 @@ from fixtures.core.measurement import readable
 from fixtures.core.results import Table
 from reports.charts import number
 
-FIRST = 30  # rows that need no script
+FIRST = 20  # rows that need no script
 
 
 @dataclass

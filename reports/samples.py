@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import sys
 import wave
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -73,10 +74,16 @@ def worst_tokens(result: Result, kept: Collection[int]) -> list[Sample]:
         Sample(
             name,
             tuple(shown(media[one], kept) for one in dict.fromkeys(named.split("\n")) if one in media),
-            tuple(sorted(rows, key=lambda row: -(number(row["nats"]) or 0))),
+            tuple(sorted(rows, key=lambda row: -_nats(row))),
         )
         for (name, named), rows in samples.items()
     ]
+
+
+def _nats(row: Mapping[str, Any]) -> float:
+    """What is no number is the worst."""
+    found = number(row["nats"])
+    return math.inf if found is None else found
 
 
 def voices(result: Result, kept: Collection[int]) -> list[Voices]:

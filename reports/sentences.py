@@ -12,7 +12,6 @@ from reports import verdict
 from reports.verdict import Verdict
 
 NARROW = 0.05  # of its bound: a value this near to it is a warning
-_RATIOS = (0.5, 2.0)  # limits within say "about one, or all": a share of them is always small and warns of nothing
 _FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen2_5_omni": "Qwen2.5-Omni"}
 _QUANTIZERS = {
     "awq": "AWQ",
@@ -62,7 +61,7 @@ def warnings(found: Verdict) -> list[Caution]:
     """What a target should not be called proved without: known failures, gaps, and bounds held by next to nothing.
 
     Known to fail, skipped, no longer failing as listed: a warning per check. Of a passed check: a warning per value
-    within ``NARROW`` of its bound, unless that bound is about one (``_RATIOS``) or the value is a count on it.
+    within ``NARROW`` of its bound, where such a share says something (``verdict.apart``).
     """
     said = {"xfailed": "is known to fail", "skipped": "was skipped", "xpassed": "is listed as failing and passed"}
     listed = []
@@ -95,14 +94,7 @@ def telling(results: Iterable[Result]) -> Measurement | None:
 
 def _narrow(measurement: Measurement) -> bool:
     share = verdict.margin(measurement)
-    if share is None or not measurement.holds or not _apart(measurement):
-        return False
-    return share < NARROW and not (share == 0 and float(measurement.value).is_integer())
-
-
-def _apart(measurement: Measurement) -> bool:
-    bound = measurement.bound
-    return bound is not None and bound.kind != "equal_to" and not _RATIOS[0] <= abs(bound.limit) <= _RATIOS[1]
+    return share is not None and bool(measurement.holds) and verdict.apart(measurement) and share < NARROW
 
 
 def _scheme(target: str, about: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from fixtures.core.results import Outcome, Result, Run
 Word = Literal["proved", "known bad", "disproved", "incomplete"]
 
 _ORDER = ("coverage", "roundtrip", "calibration", "parity", "memory", "throughput", "serving")
+_RATIOS = (0.5, 2.0)
 _LABELS: dict[Outcome, str] = {  # the worst first
     "failed": "FAILED",
     "error": "ERROR",
@@ -104,8 +105,7 @@ class Verdict:
 
     @property
     def _tightest(self) -> str:
-        margins = [(m, margin(m)) for m in self.held if m.bound and m.bound.kind != "equal_to"]
-        known = [(share, m.quantity) for m, share in margins if share is not None]
+        known = [(share, m.quantity) for m in self.held if apart(m) and (share := margin(m)) is not None]
         if not known:
             return ""
         share, quantity = min(known)
@@ -210,6 +210,18 @@ def margin(measurement: Measurement) -> float | None:
         "equal_to": -abs(value - bound.limit),
     }[bound.kind]
     return inside / abs(bound.limit)
+
+
+def apart(measurement: Measurement) -> bool:
+    """Whether a share of the bound says how near to it a value is.
+
+    Limits about one (``_RATIOS``) are of what is about all, or as much as something else: its margin is always a small
+    share, and says nothing. So it is with a count that is just what was asked for.
+    """
+    bound = measurement.bound
+    if bound is None or bound.kind == "equal_to" or _RATIOS[0] <= abs(bound.limit) <= _RATIOS[1]:
+        return False
+    return not (measurement.value == bound.limit and float(measurement.value).is_integer())
 
 
 def percent(share: float) -> str:

@@ -62,9 +62,34 @@ const charts = (() => {
     );
   };
 
+  // Numbers in the cells of a heat map: dark on light cells and light on dark ones, whatever the scheme.
+  const numbered = (trace, layout) => {
+    const values = trace.z.flat().filter((value) => value !== null);
+    const low = layout.coloraxis.cmin ?? Math.min(...values);
+    const high = layout.coloraxis.cmax ?? Math.max(...values);
+    const style = getComputedStyle(document.documentElement);
+    const cells = trace.z.flatMap((row, y) => row.map((value, x) => ({ x: trace.x[x], y: trace.y[y], value })));
+    const seen = cells.filter(({ value }) => value !== null);
+    const dark = ({ value }) => (high > low ? (value - low) / (high - low) : 0) < 0.5;
+    return {
+      type: "scatter", mode: "text", hoverinfo: "skip", showlegend: false, xaxis: trace.xaxis, yaxis: trace.yaxis,
+      x: seen.map(({ x }) => x), y: seen.map(({ y }) => y), text: seen.map(({ value }) => `${Number(value.toPrecision(3))}`),
+      textfont: { size: 11, color: seen.map((cell) => style.getPropertyValue(dark(cell) ? "--h-low" : "--h-high").trim()) },
+    };
+  };
+
+  const NARROW = 480; // px: a phone
   const draw = (plot) => {
     const { data, layout } = figure(plot.dataset.figure);
-    library().react(plot, data, themed(data, layout), { displayModeBar: false, responsive: true });
+    const shown = themed(data, layout);
+    const narrow = plot.clientWidth < NARROW;
+    if (narrow && layout.coloraxis) shown.coloraxis.showscale = false; // there the cells' room is worth more
+    for (const trace of data.filter((one) => one.type === "heatmap" && one.numbers)) {
+      delete trace.numbers;
+      if (!narrow || trace.x.length <= 5) data.push(numbered(trace, shown));
+    }
+    if (narrow && shown.showlegend) plot.style.height = `${Number(plot.dataset.height) + data.length}rem`;
+    library().react(plot, data, shown, { displayModeBar: false, responsive: true });
     plot.dataset.drawn = "";
     drawn.add(plot);
   };

@@ -15,6 +15,7 @@ from fixtures.core.measurement import Bound, Measurement
 from fixtures.core.results import Outcome, Result, Run, Table
 from reports import store, terminal
 from reports.__main__ import main
+from reports.charts import PLOTLY, script
 from reports.heatmap import heatmap
 from reports.power import power, shade
 from reports.render import LARGEST, margin_text, render
@@ -333,7 +334,7 @@ def test_page_escapes():
 
     page = Page(render(Run(about, results)))
 
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == 5  # figures, rows, the library, and two of the page
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert all(href is not None and href.startswith(("#", "data:,")) for href in page.all("href"))
@@ -344,7 +345,8 @@ def test_page_is_self_contained():
     html = render(Run({}, (result("passed", GOOD),)))
     page = Page(html)
 
-    assert not page.all("src") and "@import" not in html and "url(" not in html
+    own = html.replace(script(PLOTLY).source, "")  # what the library could fetch, the page's policy forbids
+    assert not page.all("src") and "@import" not in own and "url(" not in own
     assert "default-src 'none'" in html
 
 
@@ -402,18 +404,18 @@ def test_page_size(tables):
 
 
 def test_heatmap():
-    """A heat map has a row per linear and a column per layer, in numeric order, the worst darkest."""
+    """A heat map has a row per linear and a column per layer, in numeric order, and its sentence names the worst."""
     rows = [(f"model.layers.{i}", name, float(i)) for i in (10, 9, 0) for name in ("q_proj", "k_proj")]
     table = Table("Error per layer", ("layer", "linear", "error"), (*rows, ("visual.blocks.0", "qkv", 4.0)))
 
-    found = heatmap(table)
+    found = heatmap(table, result())
 
     assert found is not None
-    text, visual = found.grids
-    assert (text.tower, text.layers) == ("model.layers", ("0", "9", "10"))
-    assert [name for name, _ in text.rows] == ["q_proj", "k_proj"]
-    assert [cell and cell.shade for cell in text.rows[0][1]] == [0, 9, 9]
-    assert visual.rows[0][1][0].title == "visual.blocks 0 qkv: 4"
+    text, visual = found.traces
+    assert (text["name"], text["x"], text["y"]) == ("model.layers", ["0", "9", "10"], ["q_proj", "k_proj"])
+    assert text["z"] == [[0.0, 9.0, 10.0]] * 2
+    assert (visual["name"], visual["y"], visual["z"]) == ("visual.blocks", ["qkv"], [[4.0]])
+    assert found.finding == "The highest of 7 values is 10 error, at model.layers layer 10 q_proj; the median is 9."
 
 
 @pytest.mark.parametrize(
@@ -428,7 +430,7 @@ def test_heatmap():
 )
 def test_no_heatmap(columns, row):
     """A table without a number per layer and linear is only a table."""
-    assert heatmap(Table("Error per layer", columns, (row,))) is None
+    assert heatmap(Table("Error per layer", columns, (row,)), result()) is None
 
 
 def test_power_of_the_checks_is_shown() -> None:
