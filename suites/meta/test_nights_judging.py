@@ -286,6 +286,16 @@ def test_facts_are_not_judged() -> None:
     assert not judged(series([*[1.0] * 40, 9.0], "published claim", "", "never")).regressions
 
 
+def test_differences_about_zero() -> None:
+    """What hovers about zero is compared by its difference: a share of next to nothing is no news."""
+    hovering = [0.0, 2.0, -2.0, 0.0, 4.0] * 8
+    lost = lambda *tonight: series([*hovering, *tonight], "memory lost", "MiB", "up")  # noqa: E731
+    assert not judged(lost(12.0, 14.0)).regressions
+    assert judged(lost(100.0, 100.0)).regressions
+    rounding = series([*[0.0] * 40, 3e-8], "weight off most, of the largest", "", "up")
+    assert not judged(rounding).regressions
+
+
 def test_gaps() -> None:
     """Nights without a value are passed over: the one before counts as the night before."""
     listed = names(62)
@@ -319,6 +329,9 @@ def test_rules() -> None:
         ("codes that are not in their place", "of 2097152"): ("counts", "either"),
         ("reference: held by others", "MiB"): ("facts about the run", "never"),
         ("published claim", ""): ("facts about the run", "never"),
+        ("KL of graphs to eager, of the noise floor", ""): ("in units of the noise floor", "up"),
+        ("memory lost", "MiB"): ("mebibytes", "up"),
+        ("largest drift of a layer", ""): ("KL divergence", "up"),
         ("something else", ""): ("anything else", "never"),
     }
     assert {key: (rule_of(*key).name, worse_of(*key)) for key in expected} == expected
