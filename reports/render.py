@@ -81,14 +81,12 @@ def render(run: Run) -> str:
 
 def _page(context: dict[str, Any], budget: _Budget, kept: Collection[int]) -> str:
     template = environment().get_template("report.html")
-    figures = {name: chart.figure for name, chart in context["figures"].items() if budget.charts}
     page = template.render(
-        context,
+        context | {"figures": context["figures"] if budget.charts else embedded({})},
         budget=budget,
         later=LaterRows(budget.rows),
         kept=kept,
         lost=sum(id(m) not in kept for r in context["run"].results for m in r.media),
-        figures=embedded(figures),
     ).lstrip()
     body, script, rest = page.partition('<script type="application/json"')
     return _BLANK.sub("", body) + script + rest
@@ -127,7 +125,7 @@ def _context(run: Run) -> dict[str, Any]:
         "headline": verdict.headline(run),
         "targets": targets,
         "open_charts": len(targets) <= _OPEN,
-        "figures": {name: chart for target in targets for name, chart in target.charts},
+        "figures": embedded({name: chart.figure for target in targets for name, chart in target.charts}),
         "suites": verdict.suites(of_targets),
         "own": verdict.own(run.results),
         "power": power(run.results),
