@@ -27,9 +27,9 @@ SECOND = 1000  # ms: what a page may take to open
 Show = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """One browser for all tests."""
+    """One browser for all tests here; another module may start its own only when this one has ended."""
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
