@@ -22,6 +22,7 @@ from reports.power import power, shade
 from reports.rows import FIRST, LaterRows
 from reports.samples import others, voices, with_room, worst_tokens
 from reports.sentences import Caution, called, telling, warnings
+from reports.store import plain
 from reports.verdict import Verdict
 
 LARGEST = 6_000_000  # bytes of a page
@@ -125,7 +126,7 @@ def _context(run: Run) -> dict[str, Any]:
         "headline": verdict.headline(run),
         "targets": targets,
         "open_charts": len(targets) <= _OPEN,
-        "figures": embedded({name: chart.figure for target in targets for name, chart in target.charts}),
+        "figures": embedded(plain({name: chart.figure for target in targets for name, chart in target.charts})),
         "suites": verdict.suites(of_targets),
         "own": verdict.own(run.results),
         "power": power(run.results),
