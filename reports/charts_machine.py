@@ -209,7 +209,7 @@ def _distributions(results: Sequence[Result], latency: str) -> tuple[_Lines, tup
 def _ticks(lines: _Lines) -> dict[str, object]:
     """1, 2, 5, 10, ... where there are values: by itself Plotly labels a logarithmic axis with lone digits."""
     values = [ms for points in lines.values() for ms in points.values()]
-    decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
+    decades = range(math.floor(math.log10(min(values))) - 1, min(math.ceil(math.log10(max(values))) + 1, 308))
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 3, 5, 7)]
     return {"tickvals": ticks, "ticktext": [readable(tick) for tick in ticks]}
 

@@ -105,7 +105,13 @@ def _layout(towers: dict[str, _Places], unit: str) -> dict[str, object]:
             "anchor": f"x{axis}",
             "automargin": True,
         }
-        layout[f"xaxis{axis}"] = {"type": "category", "anchor": f"y{axis}", "title": {"text": f"{text(name)} layer"}}
+        layout[f"xaxis{axis}"] = {
+            "type": "category",
+            "anchor": f"y{axis}",
+            "title": {"text": f"{text(name)} layer"},
+            "nticks": 30,
+            "tickangle": 0,
+        }
         top -= share
     return layout
 

@@ -22,6 +22,7 @@ from reports.power import power, shade
 from reports.rows import FIRST, LaterRows
 from reports.samples import others, voices, with_room, worst_tokens
 from reports.sentences import Caution, called, telling, warnings
+from reports.store import plain
 from reports.verdict import Verdict
 
 LARGEST = 6_000_000  # bytes of a page
@@ -81,14 +82,12 @@ def render(run: Run) -> str:
 
 def _page(context: dict[str, Any], budget: _Budget, kept: Collection[int]) -> str:
     template = environment().get_template("report.html")
-    figures = {name: chart.figure for name, chart in context["figures"].items() if budget.charts}
     page = template.render(
-        context,
+        context | {"figures": context["figures"] if budget.charts else embedded({})},
         budget=budget,
         later=LaterRows(budget.rows),
         kept=kept,
         lost=sum(id(m) not in kept for r in context["run"].results for m in r.media),
-        figures=embedded(figures),
     ).lstrip()
     body, script, rest = page.partition('<script type="application/json"')
     return _BLANK.sub("", body) + script + rest
@@ -127,7 +126,7 @@ def _context(run: Run) -> dict[str, Any]:
         "headline": verdict.headline(run),
         "targets": targets,
         "open_charts": len(targets) <= _OPEN,
-        "figures": {name: chart for target in targets for name, chart in target.charts},
+        "figures": embedded(plain({name: chart.figure for target in targets for name, chart in target.charts})),
         "suites": verdict.suites(of_targets),
         "own": verdict.own(run.results),
         "power": power(run.results),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fixtures.core.measurement import readable
 from fixtures.core.results import Table
@@ -31,14 +32,14 @@ class LaterRows:
 
 def _column(cells: Sequence[object]) -> list[object]:
     """A column: ``[[value, ...]]``, or where texts are among them ``[[place, ...], [text, ...]]``, each text once."""
-    values = [None if cell is None else number(cell) for cell in cells]
-    if all(value is not None or cell is None for value, cell in zip(values, cells, strict=True)):
-        return [[None if value is None else _plain(value) for value in values]]
-    texts = {text: at for at, text in enumerate(dict.fromkeys(map(_shown, cells)))}
-    return [[texts[_shown(cell)] for cell in cells], list(texts)]
+    if all(cell is None or number(cell) is not None for cell in cells):
+        return [[None if cell is None else _plain(cell) for cell in cells]]
+    shown = list(map(_shown, cells))
+    texts = {text: at for at, text in enumerate(dict.fromkeys(shown))}
+    return [[texts[text] for text in shown], list(texts)]
 
 
-def _plain(value: float) -> float | int:
+def _plain(value: Any) -> float | int:
     """As many digits as are shown."""
     short = float(readable(value))
     return int(short) if short.is_integer() else short

@@ -24,6 +24,8 @@ _QUANTIZERS = {
 }
 _TELLING = (  # starts of the quantities that say most about a suite, the first that there is
     "mean token KL",
+    "mean codec KL",
+    "costliest layer's KL",
     "throughput ",
     "share of the weights saved",
     "relative Frobenius",

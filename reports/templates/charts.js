@@ -39,7 +39,8 @@ const charts = (() => {
       if (trace.type === "scatter") trace.line = { ...trace.line, color: hue };
       if (trace.error_x) trace.error_x = { ...trace.error_x, color: hue, thickness: 2, width: 5 };
     }
-    const quiet = { color: colour("quiet"), gridcolor: colour("line"), zerolinecolor: colour("line"), fixedrange: true };
+    const lines = { gridcolor: colour("line"), zerolinecolor: colour("line") };
+    const quiet = { color: colour("quiet"), exponentformat: "power", fixedrange: true, ...lines };
     for (const axis of ["xaxis", "yaxis"]) layout[axis] ??= {};
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis\d*$/.test(key)) layout[key] = merged({ ...quiet, automargin: true, title: { standoff: 8 } }, layout[key]);

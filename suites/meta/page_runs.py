@@ -181,7 +181,7 @@ def illustrated() -> Run:
         made[title] for title in ("Memory by tower", "Memory in transformers", "Throughput", "Latency distribution")
     ]
     return Run(
-        {"subjects": {"qwen2_5_vl-tiny-awq": {"artifact": {"scheme": "4-bit g128"}}}, "seed": 7},
+        {"subjects": {"qwen2_5_vl-tiny-awq": {"artifact": {"scheme": "4-bit g128"}}}, "seeds": {"held-out samples": 7}},
         (
             one("test_roundtrip.py::test_rounding", tables=(layered("Error per layer", 28, "half scales"),)),
             one("test_calibration.py::test_gain", tables=(layered("Search gain per layer", 8, "ratio", "group"),)),

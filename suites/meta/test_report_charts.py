@@ -128,6 +128,15 @@ def test_any_table_renders(data):
     assert set(json.loads(figures)) == {f"chart-qwen2_5_vl-tiny-awq-{slug(c.name)}" for c in gallery([result])}
 
 
+def test_numbers_at_the_end_of_their_range_render():
+    """A number so large that arithmetic on it overflows is left out of a figure, and the page is made."""
+    made = [Table(t.title, t.columns, tuple((1.7e308,) * len(t.columns) for _ in range(2))) for t in tables().values()]
+    edges = Table("KL distribution", ("from nats", "to nats", "tokens"), ((1e308, None, 3), (1e300, 1e308, 1)))
+    waits = Table("Latency", ("regime", "kernel", "TTFT p50 ms"), (("a", "b", 1.7e308),))
+    page = render(Run({}, (about("tiny", "awq", "test_a.py::test_a", tables=(*made, edges, waits)),)))
+    assert "Infinity" not in page.partition('id="figures">')[2].partition("</script>")[0]
+
+
 # Long tables
 
 
