@@ -259,6 +259,7 @@ def test_accept_again(nights: Nights) -> None:
     nights.night(2, WORSE)
     nights("accept", "--reason", "worse")
     assert nights.night(2, WORSE) == 1
+    assert f"held against the accepted night {nights.names[0]} (good)" in nights.said
 
 
 @pytest.mark.parametrize("outcome", ["failed", "error", "xpassed"])
