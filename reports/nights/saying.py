@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from fixtures.core.measurement import readable
@@ -114,9 +113,7 @@ def _check(target: str, check: str, case: str) -> str:
 
 def _finding(found: Finding) -> str:
     unit = f" {found.key.unit}" if found.key.unit else ""
-    share = f" ({found.change:+.1%})" if math.isfinite(found.change) else ""
-    values = f"{readable(found.value)}{unit}, expected {readable(found.expected)}{share}"
-    return f"{_key(found.key)}: {values}" + (f": {found.why}" if found.why else "")
+    return f"{_key(found.key)}: {readable(found.value)}{unit}, expected {readable(found.expected)}: {found.why}"
 
 
 def _gone(found: Finding) -> str:

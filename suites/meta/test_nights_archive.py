@@ -405,6 +405,13 @@ def test_worse(measured: list[Measurement], quantity: str, way: str) -> None:
     assert (key.quantity, worse(key, value.bounds)) == (quantity, way)
 
 
+def test_worse_by_the_latest_night(history: History) -> None:
+    """Where a bound became another, the latest night's counts, whichever was stored last."""
+    kept(history, run(2, [check("passed", *bounded("q", 1.0, at_least=0))]))
+    kept(history, run(1, [check("passed", *bounded("q", 1.0, at_most=2))]))
+    assert [series.worse for series in history.series(KIND)] == ["down"]
+
+
 def test_values_of_one_name() -> None:
     """Other values under one name are other quantities, by their place."""
     measured = [*bounded("q", 1.0), *bounded("q", 2.0), *bounded("q, at most", 3.0, at_most=5)]
