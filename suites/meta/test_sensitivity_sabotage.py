@@ -23,7 +23,7 @@ from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied, edit_tensor
 from fixtures.options import Selection
 from fixtures.quantizers.layers import silent
-from fixtures.sensitivity_under_test import costs
+from fixtures.sensitivity_under_test import costs, reached
 from fixtures.subjects.samples import draw
 from suites import test_sensitivity
 from suites.meta.answering import listener
@@ -292,3 +292,20 @@ def test_nan_costs_most() -> None:
     """The costliest layer is one of NaN, wherever it stands."""
     alone = [Alone(unit, kl, frozenset(), True, 1) for unit, kl in zip(LAYERS, (1.0, math.nan, 2.0), strict=False)]
     assert costliest(alone).unit == LAYERS[1]
+
+
+def test_towers_are_asked_of_what_they_read() -> None:
+    """A tower that no prompt reaches is left out: an eye without pictures, an ear without sound, the vocoder always."""
+    text, image, audio = (draw(modality, "evaluation", 1) for modality in ("text", "image", "audio"))
+    asked = {"visual": image, "audio_tower": audio}
+    for tower in ("visual", "audio_tower", "token2wav", "language_model"):
+        unit = Unit(tower, "0", f"{tower}.0.")
+        heard = {
+            name: reached(unit, samples) for name, samples in {"text": text, "image": image, "audio": audio}.items()
+        }
+        always = tower == "language_model"
+        assert heard == {
+            "text": always,
+            "image": always or asked.get(tower) is image,
+            "audio": always or asked.get(tower) is audio,
+        }
