@@ -7,6 +7,7 @@ pytest_plugins = [
     "fixtures.checkpoints",
     "fixtures.engines_under_test",
     "fixtures.speech_under_test",
+    "fixtures.sensitivity_under_test",
     "fixtures.memory_under_test",
     "fixtures.serving_under_test",
     "fixtures.throughput_under_test",

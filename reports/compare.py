@@ -14,7 +14,8 @@ from fixtures.core.measurement import Bound, Measurement
 from fixtures.core.results import Result, Run
 from reports import verdict
 
-_FACTS = ("machine", "versions", "git", "seed", "deselected", "subjects")  # not when, for how long and into what folder
+# not when, for how long and into what folder
+_FACTS = ("machine", "versions", "git", "seeds", "deselected", "subjects")
 _FAILING = ("failed", "error")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reports.recorder import Recorder
-from reports.stash import ABOUT, MEASUREMENTS, MEDIA, TABLES
+from reports.stash import ABOUT, MEASUREMENTS, MEDIA, SEEDS, TABLES
 from reports.store import plain
 from reports.translate import ATTRIBUTE, identity, module_of
 
@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Open the place for the run's subjects, and listen where a report is wanted."""
     config.stash.setdefault(ABOUT, {})
+    config.stash.setdefault(SEEDS, {})
     if hasattr(config, "workerinput"):
         config.pluginmanager.register(_Worker(config))
         return
@@ -69,7 +70,8 @@ class _Worker:
 
     def pytest_sessionfinish(self) -> None:
         home = vars(self.config)["workeroutput"]
-        home[ATTRIBUTE] = plain({"subjects": self.config.stash[ABOUT], "deselected": self.deselected})
+        subjects, seeds = self.config.stash[ABOUT], self.config.stash[SEEDS]
+        home[ATTRIBUTE] = plain({"subjects": subjects, "seeds": seeds, "deselected": self.deselected})
 
 
 def _folder(config: pytest.Config) -> Path | None:

@@ -19,7 +19,7 @@ from fixtures.core.errors import UserError
 from fixtures.core.results import Result, Run
 from reports import about, store, terminal
 from reports.render import render
-from reports.stash import ABOUT
+from reports.stash import ABOUT, SEEDS
 from reports.translate import ATTRIBUTE, identity, module_of, result_of, with_failed_teardown
 
 _COLORS = {"proved": "green", "known bad": "yellow", "disproved": "red", "incomplete": "yellow"}
@@ -72,6 +72,7 @@ class Recorder:
     def pytest_testnodedown(self, node: Any) -> None:
         sent = getattr(node, "workeroutput", {}).get(ATTRIBUTE, {})
         _merge(self.config.stash[ABOUT], sent.get("subjects", {}))
+        _merge(self.config.stash[SEEDS], sent.get("seeds", {}))
         self.deselected = Counter(sent.get("deselected", self.deselected))  # every worker deselects the same
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -122,7 +123,7 @@ class Recorder:
             "machine": about.machine(),
             "versions": about.versions(),
             "git": about.git(self.config.rootpath),
-            "seed": self.config.getoption("seed", None),
+            "seeds": self.config.stash[SEEDS] or None,
             "deselected": dict(self.deselected),
             "subjects": self.config.stash[ABOUT],
         }

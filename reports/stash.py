@@ -23,3 +23,6 @@ ABOUT = pytest.StashKey[dict[str, Any]]()
 
 JSON-able; there from ``pytest_configure`` on. xdist's workers each fill their own; the report merges them.
 """
+
+SEEDS = pytest.StashKey[dict[str, int]]()
+"""On the config: what was drawn by which seed, such as ``{"held-out samples": 0}``; merged like the subjects."""

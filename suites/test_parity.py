@@ -5,15 +5,21 @@ All on held-out samples, artifact and reference computed in the same precision, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from fixtures.core import metrics
 from fixtures.core.answers import Answer, paired
+from fixtures.core.histogram import log_histogram
 from fixtures.core.limits import Limits
+from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
+from fixtures.core.worst import worst_tokens
+from fixtures.engines import exhibits
+from fixtures.engines.exhibits import Exhibits
 from fixtures.engines_under_test import AnswersOf
 from fixtures.verifying import Verify
 
@@ -24,8 +30,15 @@ def pairs(reference_answers: AnswersOf, quantized_answers: AnswersOf, modality: 
     return list(paired(reference_answers(modality), quantized_answers(modality)))
 
 
+@pytest.fixture
+def shown(processor: Any, evaluation_samples: Callable[[str], Sequence[Sample]], modality: str) -> Exhibits:
+    """The held-out samples as a person reads, sees and hears them."""
+    return Exhibits(processor, evaluation_samples(modality))
+
+
 def test_next_token_distribution(
     pairs: Sequence[tuple[Answer, Answer]],
+    shown: Exhibits,
     reference_answers: AnswersOf,
     rounded_answers: AnswersOf,
     target: Target,
@@ -36,13 +49,14 @@ def test_next_token_distribution(
     """Next-token distributions stay close to the reference's, teacher-forced: on average, and at the worst tokens."""
     kl = torch.cat([metrics.token_kl(a.logits, b.logits) for a, b in pairs])
     case = (target.weights, target.quantizer, modality)
+    worst = worst_tokens(pairs, kl)
 
     verify(
         "mean token KL",
         metrics.mean(kl),
         "nats",
         at_most=limits("parity.mean_token_kl", *case),
-        detail=worst_token(pairs, kl),
+        detail=shown.sentence(worst[0]) if worst else "no tokens",
     )
     verify("p99 token KL", metrics.quantile(kl, 0.99), "nats", at_most=limits("parity.p99_token_kl", *case))
     verify("largest token KL", metrics.largest(kl), "nats", at_most=limits("parity.largest_token_kl", *case))
@@ -50,6 +64,11 @@ def test_next_token_distribution(
     noise = torch.cat([metrics.token_kl(a.logits, b.logits) for a, b in floor])
     verify.note("noise floor: the reference in bfloat16", metrics.mean(noise), "nats")
     verify.note("tokens compared", kl.numel())
+    verify.table("KL distribution", ("from nats", "to nats", "tokens"), log_histogram(kl))
+    rows, media = shown.table(worst)
+    verify.table("Worst tokens", exhibits.COLUMNS, rows)
+    for medium in media:
+        verify.medium(medium.name, medium.type, medium.data, caption=medium.caption)
 
 
 def test_top1(
@@ -166,17 +185,3 @@ def test_better_than_rounding(
         at_most=limits("parity.awq_over_rtn", target.weights),
         detail=f"{target.quantizer} {ours:.3g} nats, rtn {plain:.3g} nats",
     )
-
-
-def worst_token(pairs: Sequence[tuple[Answer, Answer]], kl: torch.Tensor) -> str:
-    """The token with the largest KL: ``sample image-3, token 5: 0.81 -> 0.44``, probabilities of the taught token."""
-    if not kl.numel():
-        return "no tokens"
-    place = int(kl.nan_to_num(nan=torch.inf).argmax())
-    for a, b in pairs:
-        if place < len(a.tokens):
-            token = int(a.tokens[place])
-            before, after = (float(x.logits[place].softmax(-1)[token]) for x in (a, b))
-            return f"sample {a.sample}, token {place} (id {token}): probability {before:.3f} -> {after:.3f}"
-        place -= len(a.tokens)
-    return ""

@@ -15,6 +15,7 @@ import torch
 
 from fixtures.core import metrics, sound
 from fixtures.core.limits import Limits
+from fixtures.core.showing import BUDGET, lasting, wav
 from fixtures.core.speech import Speech, Speeches, paired
 from fixtures.core.targets import Target
 from fixtures.verifying import Verify
@@ -22,6 +23,8 @@ from fixtures.verifying import Verify
 pytestmark = pytest.mark.speech
 
 Pairs = Sequence[tuple[Speech, Speech]]
+
+PLAYED = 2  # of the replies: those that sound most unlike the reference's
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +124,7 @@ def test_waveform(spoken_pairs: Pairs, target: Target, limits: Limits, verify: V
         at_most=limits("speech.largest_mel_distance", case),
     )
     verify.note("seconds of sound compared", sum(a.waveform.numel() for a, _ in sounded) / sound.SAMPLE_RATE)
+    play(verify, sorted(sounded, key=lambda pair: loudest(distance[pair[0].sample]), reverse=True)[:PLAYED])
     explain(
         verify,
         ("waveforms that are not finite", "sound with NaN or infinity in it: a click, or nothing at all"),
@@ -135,6 +139,23 @@ def heard(reference: Speech, quantized: Speech) -> torch.Tensor:
     if reference.waveform.shape != quantized.waveform.shape:
         return torch.tensor([math.nan])
     return sound.mel_distance(reference.waveform, quantized.waveform)
+
+
+def play(verify: Verify, pairs: Pairs) -> None:
+    """Put both sounds of each pair beside the measurements, by name in a table."""
+    share = BUDGET // (2 * max(1, len(pairs)))
+    rows = []
+    for pair in pairs:
+        names = [f"{speech.sample}, {who}" for speech, who in zip(pair, ("reference", "artifact"), strict=True)]
+        for speech, name in zip(pair, names, strict=True):
+            samples = speech.waveform.numpy()
+            data, seconds = wav(samples, sound.SAMPLE_RATE, share)
+            broken = int((~speech.waveform.isfinite()).sum())
+            caption = lasting(seconds, len(samples) / sound.SAMPLE_RATE)
+            caption += f"; {broken} samples are not finite: silent or clipped here" if broken else ""
+            verify.medium(name, "audio/wav", data, caption=caption)
+        rows.append((pair[0].sample, *names))
+    verify.table("Waveforms", ("sample", "reference", "artifact"), rows)
 
 
 def loudest(distance: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,10 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import Limits
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
+from fixtures.engines.exhibits import Exhibits
 from fixtures.engines.hf import TransformersEngine
+from fixtures.engines.loading import load_processor
+from fixtures.subjects import shipped
 from fixtures.verifying import Verify
 from suites import test_coverage, test_parity, test_roundtrip
 
@@ -63,6 +67,12 @@ def answers(
     return {modality: Answers.record(folder / modality, engine.answers(asked)) for modality, asked in samples.items()}
 
 
+@lru_cache
+def spelled(family: str) -> Exhibits:
+    """Tokens as the shipped checkpoint of a family spells them; of samples no more than the answers."""
+    return Exhibits(load_processor(Checkpoint(shipped(f"{family}-tiny"))), ())
+
+
 def ask(
     check: Check, pairs: Sequence[tuple[Answer, Answer]], target: Target, modality: str, limits: Limits
 ) -> dict[str, Any]:
@@ -70,6 +80,7 @@ def ask(
     verify = listener()
     available = {
         "pairs": pairs,
+        "shown": spelled(target.family),
         "reference_answers": lambda _: [a for a, _ in pairs],
         "rounded_answers": lambda _: [a for a, _ in pairs],
         "target": target,

@@ -10,7 +10,7 @@ import argparse
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +27,13 @@ from fixtures.core.targets import Target
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.engines.speech import SpeechEngine
 from fixtures.quantizers import calibration, quantize, quantizer_named, recipe_for
+from fixtures.quantizers.layers import silent
+from fixtures.sensitivity_under_test import ASKED, SPOKEN_TO, costs
 from fixtures.speech_under_test import SPOKEN
 from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
 from fixtures.verifying import Verify
-from suites import test_calibration, test_roundtrip, test_speech
+from suites import test_calibration, test_roundtrip, test_sensitivity, test_speech
 from suites.meta.answering import CHECKS, answers, ask, listener
 
 SAMPLES = 64
@@ -87,9 +89,19 @@ def figures(reference: Checkpoint, quantizer: str, seed: int, folder: Path) -> d
             for loss in group_losses(pair, model, decoder, calibration.feeds(adapter, model, processor, decoder, heard))
         ]
         test_calibration.test_search_gain(losses, target, limits, verify)
+    weigh(pair, samples, target, limits, verify)
     if adapter.speaks:
         hear(reference, artifact, adapter, [s for m in samples.values() for s in m[:SPOKEN]], target, limits, verify)
     return found | {("", m.quantity): m.value for m in verify.measurements if m.bound is not None}
+
+
+def weigh(pair: Pair, samples: Mapping[str, Sequence[Sample]], target: Target, limits: Limits, verify: Verify) -> None:
+    """Every judged quantity of what an artifact's layers cost."""
+    written = [sample for asked in samples.values() for sample in asked[:ASKED]]
+    spoken = [sample for asked in samples.values() for sample in asked[:SPOKEN_TO]]
+    layers = costs(pair, load_processor(pair.reference.checkpoint), written, spoken, "cpu", {}, silent)
+    test_sensitivity.test_each_layer_alone(layers, target, limits, verify)
+    test_sensitivity.test_mixed_precision(layers, target, limits, verify)
 
 
 def hear(

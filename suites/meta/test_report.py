@@ -328,7 +328,7 @@ def test_page_escapes():
     ]
     results.append(Result(f"{evil}::own", "failed", evil, measurements=(measured,)))
     facts = {evil: evil}
-    about = dict.fromkeys(("started", "seconds", "command", "seed", "exit_status"), evil)
+    about = dict.fromkeys(("started", "seconds", "command", "seeds", "exit_status"), evil)
     about |= dict.fromkeys(("machine", "versions", "deselected"), facts)
     about |= {"subjects": {evil: facts}, "git": {"commit": evil, "dirty": True}}
 

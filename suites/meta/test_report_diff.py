@@ -301,7 +301,7 @@ def test_facts() -> None:
         machine=({"gpu": "H100", "cores": 2}, {"gpu": "H200", "cores": 2}),
         versions=({"torch": "2.11", "vllm": None}, {"torch": "2.11", "vllm": "0.25"}),
         git=({"commit": "a", "dirty": False}, {"commit": "b", "dirty": True}),
-        seed=(0, 1),
+        seeds=({"held-out samples": 0}, {"held-out samples": 1}),
         subjects=({"x": {"artifact": {"sha256": "1"}}}, {"x": {"artifact": {"sha256": "2"}}}),
     )
     assert titles(found) == ["What differs in machine, versions, commit and subjects"]
@@ -311,7 +311,7 @@ def test_facts() -> None:
         "versions: vllm not said 0.25",
         "git: commit a b",
         "git: dirty no yes",
-        "seed 0 1",
+        "seeds: held-out samples 0 1",
         "subjects: x: artifact: sha256 1 2",
     ]
 

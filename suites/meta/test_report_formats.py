@@ -46,7 +46,7 @@ def evil_run() -> Run:
     outcomes: tuple[Outcome, ...] = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
     results = [result(o, measured, id=f"{EVIL}.py::test[{EVIL}]{o}", quantizer=EVIL, **more) for o in outcomes]
     results.append(Result(f"{EVIL}::own", "failed", EVIL, message=EVIL))
-    about = dict.fromkeys(("started", "seconds", "command", "seed", "exit_status"), EVIL)
+    about = dict.fromkeys(("started", "seconds", "command", "seeds", "exit_status"), EVIL)
     return Run({**about, "deselected": {EVIL: EVIL}, "git": {"commit": EVIL, "dirty": True}}, results)
 
 

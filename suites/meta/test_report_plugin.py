@@ -20,7 +20,7 @@ import pytest
 
 from fixtures.core.measurement import Bound, Measurement
 from fixtures.core.results import Table
-from reports.stash import ABOUT, MEASUREMENTS, TABLES
+from reports.stash import ABOUT, MEASUREMENTS, SEEDS, TABLES
 
 
 @dataclasses.dataclass
@@ -61,6 +61,7 @@ def test_good(target, modality, say, request):
     At length.
     """
     request.config.stash[ABOUT].setdefault("artifacts", {})[str(target)] = "3f9c01"
+    request.config.stash[SEEDS]["held-out samples"] = 7
     say(0.25)
 
 
@@ -155,6 +156,7 @@ def test_plugin(verify_suite, workers):
     assert "no_such_fixture" in found["test_unset"].message
     assert run.about["deselected"] == {"test_suite.py": 1}
     assert run.about["subjects"] == {"artifacts": {"vl-tiny-awq": "3f9c01", "vl-tiny-rtn": "3f9c01"}}
+    assert run.about["seeds"] == {"held-out samples": 7}
     assert run.about["exit_status"] == done.ret == 1
     assert run.about["versions"]["pytest"] == pytest.__version__
     assert "-p reports.plugin --report out -k 'not deselected'" in run.about["command"]
