@@ -14,7 +14,7 @@ from fixtures.core.results import Outcome, Result, Run
 
 Word = Literal["proved", "known bad", "disproved", "incomplete"]
 
-_ORDER = ("coverage", "roundtrip", "calibration", "parity", "memory", "throughput", "serving")
+_ORDER = ("coverage", "roundtrip", "calibration", "parity", "sensitivity", "memory", "throughput", "serving")
 _RATIOS = (0.5, 2.0)
 _LABELS: dict[Outcome, str] = {  # the worst first
     "failed": "FAILED",

@@ -1,7 +1,7 @@
 """Throughput: an artifact against its FP16 reference, in vLLM's OpenAI server, per load regime and kernel.
 
 Servers of both are alive at once and take turns, round by round, after a warm-up round. A ratio is judged by the end of
-its 95 % interval, never by the point.
+its 95 % interval, never by the point; where six rounds leave the bound inside the interval, more are measured.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ TTFT, ITL = rounds.median_of(rounds.ttft), rounds.median_of(rounds.itl)
 @pytest.mark.parametrize("regime", REGIMES, ids=str)
 def test_throughput(contest: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
     """By its best kernel the artifact answers as many tokens per second, of FP16's, as is claimed of this regime."""
-    recorded = contest(regime)
+    least = limits("throughput.ratio", contest.weights_of(target), target.quantizer, regime.name)
+    speed = rounds.tokens_per_second
+    recorded = contest(regime, lambda found: found.ratio(found.best(speed), speed).beside(least))
 
     sound(recorded, contest, limits, verify)
-    faster(recorded, limits("throughput.ratio", contest.weights_of(target), target.quantizer, regime.name), verify)
+    faster(recorded, least, verify)
     if (strangers := contest.others.get(regime.name)) is not None:
         verify.note("memory that strangers hold on the card", strangers / 1e9, "GB")
 
@@ -41,11 +43,17 @@ def test_throughput(contest: Contest, target: Target, regime: Regime, limits: Li
 @pytest.mark.parametrize("regime", STREAMED, ids=str)
 def test_latency(contest: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
     """Streamed, the artifact's first token and those after it keep nobody waiting much longer than FP16's do."""
-    recorded = contest(regime)
     case = (contest.weights_of(target), target.quantizer, regime.name)
+    most = {TTFT: limits("throughput.ttft", *case), ITL: limits("throughput.itl", *case)}
+
+    def decided(found: Recorded) -> bool:
+        best = found.best(ITL, lowest=True)
+        return all(found.ratio(best, measure).beside(bound) for measure, bound in most.items())
+
+    recorded = contest(regime, decided)
 
     sound(recorded, contest, limits, verify)
-    prompt(recorded, limits("throughput.ttft", *case), limits("throughput.itl", *case), verify)
+    prompt(recorded, most[TTFT], most[ITL], verify)
 
 
 def test_concurrent_serving(contest: Contest, target: Target, limits: Limits, verify: Verify) -> None:

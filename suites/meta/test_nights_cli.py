@@ -407,7 +407,8 @@ def test_beside_pytest_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "--benchmark-autosave",
         f"--benchmark-storage=file://{tmp_path}/benchmarks",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**mine, "PYTHONPATH": str(ROOT)}  # in a worker of xdist, pytest-benchmark switches itself off
     for compare in ([], ["--benchmark-compare", "--benchmark-compare-fail=median:1000000%"]):
         done = subprocess.run(
             [*map(str, command), *compare], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -91,7 +91,7 @@ def contest_of(what: Recorded) -> Any:
         expected = KERNELS
         others: dict[str, int | None] = {}
 
-        def __call__(self, regime: Regime) -> Recorded:
+        def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:
             return what
 
         def arrivals(self, name: str) -> Recorded:
@@ -146,6 +146,42 @@ def test_no_gain_where_none_is_expected(selection: Selection) -> None:
     assert broken(said) == []
     assert said["gain expected"].value == 0
     assert "no, only" in said["gain expected"].detail
+
+
+@pytest.mark.parametrize("check", [test_throughput.test_throughput, test_throughput.test_latency])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_checks_ask_for_rounds_until_their_bound_is_decided(check: Any, noisy: bool, selection: Selection) -> None:
+    """A check asks for more rounds where its own bound lies inside an interval, and for none where it does not."""
+    what = good()
+    asked: list[bool] = []
+
+    class Curious(type(contest_of(what))):  # type: ignore[misc]
+        def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:
+            asked.append(decided(uneven(what) if noisy else what))
+            return what
+
+    check(Curious(), CLAIM, SINGLE_STREAM, selection.limits, listener())
+    assert asked == [not noisy]
+
+
+def uneven(what: Recorded) -> Recorded:
+    """Rounds of the quantized ones by turns four times as fast and as slow: any bound near 1 is inside the interval."""
+
+    def stretched(one: Round) -> Round:
+        by = 1.0 if one.condition == what.base else 4.0 if one.number % 2 else 0.25
+        timings = (
+            dataclasses.replace(
+                timing,
+                arrived=by * timing.arrived,
+                sent=by * timing.sent,
+                done=by * timing.done,
+                chunks=tuple((by * time, tokens) for time, tokens in timing.chunks),
+            )
+            for timing in one.timings
+        )
+        return dataclasses.replace(one, timings=tuple(timings))
+
+    return dataclasses.replace(what, rounds=tuple(map(stretched, what.rounds)))
 
 
 def test_tables_hold_every_kernel(selection: Selection) -> None:

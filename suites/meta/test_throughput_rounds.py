@@ -12,6 +12,7 @@ import pytest
 from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
+from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.meters import rounds
 from fixtures.meters.bandwidth import Roofline, decode_bytes
 from fixtures.meters.load import Timing
@@ -248,6 +249,33 @@ def test_contest_takes_turns_and_keeps_failures() -> None:
     assert contest.arrivals("marlin").conditions == ("one_by_one", "together")
     contest.close()
     assert servers.running == [(compared[0].checkpoint, compared[0].serving(pictures=False))]
+
+
+def test_undecided_rounds_are_followed_by_more() -> None:
+    """Rounds that leave a bound undecided are followed by more of other numbers, up to a most; decided ones by none."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    contest = Contest(conditions(quantized(None), quantized("awq"), "marlin", hopper=True), NoServers(), 1000, None)  # type: ignore[arg-type]
+    regime = Regime("few", 5, 3, 2, 4)
+    assert contest(regime, lambda _: True).fewest_rounds == rounds.COUNTED
+    assert contest(regime, lambda found: found.fewest_rounds > rounds.COUNTED).fewest_rounds == 2 * rounds.COUNTED
+    recorded = contest(regime, lambda _: False)
+    assert recorded.fewest_rounds == rounds.MOST
+    assert [one.number for one in recorded.counted("marlin")] == list(range(rounds.MOST))
+    assert contest(regime) is recorded
+
+
+@pytest.mark.parametrize(
+    ("interval", "decided"),
+    [
+        pytest.param(Interval(1.1, 1.3, 1.59), True, id="within"),
+        pytest.param(Interval(1.7, 1.8, 1.9), True, id="beyond"),
+        pytest.param(Interval(1.1, 1.3, 1.63), False, id="on both sides"),
+        pytest.param(UNKNOWN, True, id="nothing measured"),
+    ],
+)
+def test_what_is_decided(interval: Interval, decided: bool) -> None:
+    """An interval decides when all of it lies on one side of the bound; one of NaN would not get better by more."""
+    assert interval.beside(1.6) == decided
 
 
 def test_base_is_kept_for_the_next_of_its_reference() -> None:
