@@ -229,7 +229,7 @@ def environment() -> jinja2.Environment:
         "cell": verdict.cell,
         "duration": duration,
         "embedded": embedded,
-        "key": verdict.key,
+        "key": lambda result: telling([result]) or next(iter(result.measurements), None),
         "margin": margin_text,
         "moment": moment,
         "printable": printable,

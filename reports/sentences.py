@@ -27,6 +27,7 @@ _TELLING = (  # starts of the quantities that say most about a suite, the first 
     "mean codec KL",
     "costliest layer's KL",
     "throughput ",
+    "median time to first token",
     "share of the weights saved",
     "relative Frobenius",
     "KL against FP16",
@@ -81,12 +82,21 @@ def warnings(found: Verdict) -> list[Caution]:
 
 
 def telling(results: Iterable[Result]) -> Measurement | None:
-    """Of several checks the number to name: one beyond its bound, else of what says most the nearest to its bound."""
+    """The number to name of checks: one beyond its bound, else of what says most the nearest to its bound.
+
+    A value just on its bound is a count of what was asked for, and says least.
+    """
     measured = [m for r in results for m in r.measurements if m.bound is not None]
     beyond = [m for m in measured if m.holds is False]
     place = {start: at for at, start in enumerate(_TELLING)}
     ranked = [
-        (next((at for start, at in place.items() if m.quantity.startswith(start)), len(place)), share, at, m)
+        (
+            next((at for start, at in place.items() if m.quantity.startswith(start)), len(place)),
+            share == 0,
+            share,
+            at,
+            m,
+        )
         for at, m in enumerate(measured)
         if (share := verdict.margin(m)) is not None
     ]

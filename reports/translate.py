@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ATTRIBUTE = "quantproof"  # of a test report; plain JSON, so that it survives the way from an xdist worker
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_EXCEPTION = re.compile(r"\A[\w.]*(?:Error|Failed): ")
+_EXCEPTION = re.compile(r"\A[\w.]*(?:Error|Failed|NotHeld): ")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)\s+(?=[A-Z`'\"(])")
 _XPASS = "[XPASS(strict)] "
 _LONGEST = 20_000  # characters of a message; a traceback through a model can be endless

@@ -189,13 +189,6 @@ def why(result: Result) -> str:
     return next((str(m) for m in broken(result)), first_line(result.message))
 
 
-def key(result: Result) -> Measurement | None:
-    """The measurement that says most about a check: one beyond its bound, else the one nearest to it."""
-    judged = [m for m in result.measurements if m.bound is not None]
-    nearest = sorted(judged, key=lambda m: math.inf if (share := margin(m)) is None else share)
-    return next(iter((*broken(result), *nearest, *result.measurements)), None)
-
-
 def margin(measurement: Measurement) -> float | None:
     """How far inside its bound a value is, as a share of the bound; negative when beyond it.
 

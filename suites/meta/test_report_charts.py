@@ -269,4 +269,5 @@ def test_a_cell_names_what_says_most():
     assert named(near, kl, beyond) == "y"
     assert named(near, kl) == "mean token KL"
     assert named(near) == "x"
+    assert named(near, Measurement("z", 0.4, "", Bound("at_most", 0.9))) == "z"  # a count just on its bound says least
     assert named(Measurement("free", 1.0)) == ""

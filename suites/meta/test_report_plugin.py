@@ -20,6 +20,7 @@ import pytest
 
 from fixtures.core.measurement import Bound, Measurement
 from fixtures.core.results import Table
+from fixtures.verifying import NotHeld
 from reports.stash import ABOUT, MEASUREMENTS, SEEDS, TABLES
 
 
@@ -43,7 +44,7 @@ def say(request):
         request.node.stash.setdefault(MEASUREMENTS, []).append(said)
         request.node.stash.setdefault(TABLES, []).append(Table("t", ("layer",), ((1,), (value,))))
         if not said.holds:
-            raise AssertionError(str(said))
+            raise NotHeld(str(said), pytrace=False)
     return say
 
 
