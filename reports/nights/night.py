@@ -9,7 +9,7 @@ from functools import cached_property
 
 from fixtures.core.results import Result, Run
 from reports import verdict
-from reports.compare import Comparison, Shift
+from reports.compare import Comparison, Rebound, Shift
 from reports.nights import kinds, marks
 from reports.nights.history import History
 from reports.nights.index import Entry
@@ -49,6 +49,10 @@ class Report:
             for shift in other.comparison.shifts:
                 if shift.newly_failing and not shift.by_bound:
                     found.setdefault(shift.after.id, (shift, other.role))
+        for other in self.against[:1]:  # to list a failure as known excuses it in its run; a baseline moves by accept
+            for shift in other.comparison.shifts:
+                if (verdict.standing(shift.before), verdict.standing(shift.after)) == ("passed", "xfailed"):
+                    found.setdefault(shift.after.id, (shift, other.role))
         for other in self.against[:1]:  # a new check that fails was never better; it fails its own run all the same
             for result in other.comparison.appeared:
                 if verdict.standing(result) in ("failed", "error"):
@@ -72,6 +76,26 @@ class Report:
         return (*(r for r in found.disappeared if r.outcome in _RAN), *skipped)
 
     @cached_property
+    def unheld(self) -> tuple[tuple[Result, str], ...]:
+        """Quantities that the baseline held against a bound and that tonight's check, which ran, holds against none.
+
+        Their bound is gone, or they are: who renames a quantity, or stops measuring it, starts its history anew.
+        """
+        if not self.against:
+            return ()
+        found = self.against[0].comparison
+        unbound = [(r, b.quantity) for b in found.rebounds if b.after is None for r in b.results]
+        gone = [(m.result, m.before.quantity) for m in found.moves if m.after is None and m.before and m.before.bound]
+        return tuple((r, quantity) for r, quantity in (*unbound, *gone) if verdict.standing(r) == "passed")
+
+    @cached_property
+    def loosened(self) -> tuple[Rebound, ...]:
+        """Bounds that allow more than the baseline's, or something else: said, and no regression of any number."""
+        if not self.against:
+            return ()
+        return tuple(b for b in self.against[0].comparison.rebounds if b.way in ("looser", "another bound"))
+
+    @cached_property
     def other_checkpoints(self) -> tuple[str, ...]:
         """Targets that are another checkpoint than the baseline's, whose numbers start anew."""
         return tuple(t for t, then, now in self._digests if kinds.identity(t, then) != kinds.identity(t, now))
@@ -85,7 +109,7 @@ class Report:
     @property
     def regressed(self) -> bool:
         """Whether the night is worse than what it is held against, in any way."""
-        return bool(self.failing or self.lost or self.judgement.regressions)
+        return bool(self.failing or self.lost or self.unheld or self.judgement.regressions)
 
     @property
     def word(self) -> Verdict:
@@ -105,6 +129,7 @@ class Report:
             {
                 "check newly failing": len(self.failing),
                 "check no longer run": len(self.lost),
+                "bound no longer held": len(self.unheld),
                 "quantity worse": len(self.judgement.regressions),
             }
         )

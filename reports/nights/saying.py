@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fixtures.core.measurement import readable
 from reports import verdict
-from reports.compare import Shift
+from reports.compare import Rebound, Shift
 from reports.escape import inline
 from reports.nights import kinds
 from reports.nights.history import History
@@ -26,12 +26,17 @@ def night(report: Report) -> list[str]:
         *_against(report),
         *_listed("newly failing", (_failing(shift, role) for shift, role in report.failing)),
         *_listed("no longer run", (_check(r.target_id, f"{r.suite}: {r.check}", r.case) for r in report.lost)),
+        *_listed(
+            "no longer held against a bound",
+            (f"{_check(r.target_id, f'{r.suite}: {r.check}', r.case)}, {quantity}" for r, quantity in report.unheld),
+        ),
         *_listed("worse", map(_finding, report.judgement.regressions)),
         *_listed("better", map(_finding, report.judgement.improvements)),
         *_listed(
             "failing by a bound that was moved, not by a number",
             (_check(s.after.target_id, f"{s.after.suite}: {s.after.check}", s.after.case) for s in report.by_bound),
         ),
+        *_listed("bounds that allow more", map(_loosened, report.loosened)),
         *_listed("not measured tonight", map(_gone, report.judgement.gone)),
         *_checkpoints(report),
         *_unsure(report),
@@ -105,6 +110,11 @@ def _failing(shift: Shift, role: str) -> str:
     why = verdict.why(after)
     where = _check(after.target_id, f"{after.suite}: {after.check}", after.case)
     return f"{where}: {was} in the {role} night" + (f"; now {why}" if why else "")
+
+
+def _loosened(bound: Rebound) -> str:
+    checks = verdict.counted(len(bound.results), "check")
+    return f"{bound.check}, {bound.quantity}: {bound.before} -> {bound.after}, in {checks}"
 
 
 def _check(target: str, check: str, case: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.core.measurement import Measurement
+from fixtures.core.measurement import Bound, Measurement
 from reports import store
 from reports.__main__ import main
 from reports.nights import commands, marks, night
@@ -122,6 +122,56 @@ def test_no_longer_run(nights: Nights) -> None:
     assert nights.said[0].endswith("REGRESSED: 2 checks no longer run")
     assert "  f-tiny-awq throughput: test_speed [batch_8]" in nights.said
     assert "  f-tiny-awq parity: test_top1 [text]" in nights.said
+
+
+def renamed(quantity: str = "mean KL", limit: float | None = 0.02) -> tuple[Any, ...]:
+    """The good night, its mean token KL by another name or without its bound."""
+    bound = None if limit is None else Bound("at_most", limit)
+    return (check("passed", Measurement(quantity, 0.01, "nats", bound), kl(0.1, 0.2)), *GOOD[1:])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [renamed(), renamed("mean token KL", None), (check("passed", Measurement("told", 1.0)), *GOOD[1:])],
+    ids=["renamed", "bound taken away", "not measured"],
+)
+def test_no_longer_held(nights: Nights, results: Any) -> None:
+    """A quantity that tonight is held against no bound any more is a regression until that is accepted."""
+    nights.night(1, (check("passed", kl(0.01), kl(0.1, 0.2)), *GOOD[1:]))
+    for day in (2, 3):
+        assert nights.night(day, results) == 1
+        assert "no longer held" in nights.said[0]
+        assert "  f-tiny-awq parity: test_kl [text], mean token KL" in nights.said
+    nights("accept", "--reason", "another name")
+    assert nights.night(4, results) == 0
+
+
+def test_failed_before_it_measured(nights: Nights) -> None:
+    """What a check does not come to measure because it fails is told by its failing alone."""
+    nights.night(1, (check("passed", kl(0.01), Measurement("q", 0.0, "", Bound("at_most", 1))), *GOOD[1:]))
+    assert nights.night(2, FAILED) == 1
+    assert nights.said[0].endswith("REGRESSED: 1 check newly failing")
+
+
+def test_listed_as_known(nights: Nights) -> None:
+    """A check that held in the baseline and now fails as it is listed to is a regression until it is accepted."""
+    excused = (check("xfailed", kl(0.3), message="as everybody knows"), *GOOD[1:])
+    nights.night(1)
+    for day in (2, 3):
+        assert nights.night(day, excused) == 1
+        assert nights.said[0].endswith("REGRESSED: 1 check newly failing")
+        assert "mean token KL: 0.3 nats, must be at most 0.02 nats" in nights.out
+    nights("accept", "--reason", "listed, and why")
+    assert nights.night(4, excused) == 0
+
+
+def test_bound_that_was_loosened(nights: Nights) -> None:
+    """A bound that allows more than the baseline's is said with both limits, and is no regression."""
+    nights.night(1)
+    assert nights.night(2, (check("passed", kl(0.01, 0.2)), *GOOD[1:])) == 0
+    assert "  parity: test_kl, mean token KL: at most 0.02 -> at most 0.2, in 1 check" in nights.said
+    assert nights.night(3, (check("passed", kl(0.01, 0.015)), *GOOD[1:])) == 0
+    assert "bounds that allow more:" not in nights.said
 
 
 def test_worse(nights: Nights) -> None:
