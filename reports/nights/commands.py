@@ -17,6 +17,7 @@ from reports.nights.history import History
 from reports.nights.index import Entry
 from reports.nights.night import report
 from reports.nights.series import Mark, Night
+from reports.printing import printed
 from reports.render import render
 
 HISTORY = "QUANTPROOF_HISTORY"
@@ -64,10 +65,15 @@ def _night(asked: argparse.Namespace) -> int:
     _say(saying.night(found))
     pages = asked.output or asked.history / "pages"
     store.write(pages / "index.html", render(found.run))
-    print(pages / "index.html")
+    _say([str(pages / "index.html")])
     _draw(history, pages / "trend.html", today=stored.name)
     if found.regressed:
-        print(f'If that is meant: python -m reports accept {stored.name} --history {asked.history} --reason "..."')
+        despite = " --despite-failures" if found.night.failing else ""
+        _say(
+            [
+                f'If that is meant: python -m reports accept {stored.name} --history {asked.history}{despite} --reason "..."'
+            ]
+        )
     return int(found.regressed)
 
 
@@ -112,7 +118,7 @@ def _draw(history: History, path: Path, today: str = "") -> None:
     series = {kind: history.series(kind) for kind in seen}
     nights = [_drawn(history, entry, "index.html" if entry.name == today else "") for entry in entries]
     store.write(path, trend.page(series, nights, history.marks))
-    print(path)
+    _say([str(path)])
 
 
 def _drawn(history: History, entry: Entry, page: str) -> Night:
@@ -132,8 +138,7 @@ def _folder(asked: argparse.Namespace) -> Path:
 
 
 def _say(lines: list[str]) -> None:
-    for line in lines:
-        print(line.encode("utf-8", "backslashreplace").decode())
+    printed("".join(f"{line}\n" for line in lines))
 
 
 def _user() -> str:

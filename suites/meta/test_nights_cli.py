@@ -289,6 +289,28 @@ def test_strange_words(nights: Nights) -> None:
     assert all(line.isprintable() for line in nights.said)
 
 
+def test_nobody_reads_to_the_end(nights: Nights) -> None:
+    """Read by ``head`` or in another encoding, every command ends as it should, its pages drawn and its baseline moved."""
+    nights.night(1)
+    source = written(nights.folder / "2.json", run(2, FAILED))
+    history = ["--history", str(nights.history)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    for command, code in (
+        (["night", str(source), *history], 1),
+        (["accept", *history, "--despite-failures", "--reason", "gew\u00f6hnt"], 0),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)  # who reads is gone before anything is said
+        with os.fdopen(writer, "wb") as out:
+            done = subprocess.run(
+                [sys.executable, "-m", "reports", *command], stdout=out, stderr=subprocess.PIPE, env=environment
+            )
+        assert (done.returncode, done.stderr) == (code, b"")
+    assert "<h1>The night of 2026-11-02" in (nights.history / "pages/trend.html").read_text()
+    assert [mark.reason for mark in History(nights.history).marks] == ["gew\u00f6hnt"]
+    assert subprocess.run([sys.executable, "-m", "reports", "history", *history], env=environment).returncode == 0
+
+
 # Baselines
 
 
