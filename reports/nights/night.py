@@ -39,6 +39,7 @@ class Report:
     against: tuple[Against, ...]  # the baseline first; empty on the first night of a kind
     judgement: Judgement
     stranger: Entry | None  # on the first night of a kind: the last one of another kind
+    later: tuple[Entry, ...]  # nights of the kind that began later, which are not looked at
     notes: tuple[str, ...]  # what is wrong with the history
 
     @cached_property
@@ -167,14 +168,16 @@ def report(history: History, name: str) -> Report:
         UserError: when the night cannot be read.
     """
     night = history.night(name)
-    alike = [each for each in history.nights() if each.kind == night.kind and each.name < night.name]
+    same = [each for each in history.nights() if each.kind == night.kind]
+    alike, later = ([each for each in same if each.name < name], [each for each in same if each.name > name])
     run = history.run(name)
     accepted, frozen = (_baseline(history, night, alike, frozen=frozen) for frozen in (False, True))
     names = [None if mark is None else mark.night for mark in (accepted, frozen)]
     judgement = judge(history.series(night.kind, night), name, *names)
     strangers = [each for each in history.nights() if each.name < night.name and not alike]
     against = tuple(_against(history, run, alike, accepted, frozen))
-    return Report(night, run, against, judgement, strangers[-1] if strangers else None, tuple(history.notes))
+    stranger = strangers[-1] if strangers else None
+    return Report(night, run, against, judgement, stranger, tuple(later), tuple(history.notes))
 
 
 def _baseline(history: History, night: Entry, alike: Sequence[Entry], *, frozen: bool) -> Mark | None:

@@ -40,6 +40,7 @@ def night(report: Report) -> list[str]:
         *_listed("not measured tonight", map(_gone, report.judgement.gone)),
         *_checkpoints(report),
         *_unsure(report),
+        *_later(report),
         *(f"note: {inline(note, 600)}" for note in report.notes),
     ]
 
@@ -146,6 +147,13 @@ def _unsure(report: Report) -> Iterator[str]:
     yield from _listed("worse, if the next night says so, too", map(_finding, found.suspects))
     if found.insufficient:
         yield f"{verdict.counted(len(found.insufficient), 'number')} had too few nights to tell noise from change"
+
+
+def _later(report: Report) -> Iterator[str]:
+    if report.later:
+        others = verdict.counted(len(report.later), "night")
+        yield f"{others} of this kind began later and were not looked at, the last {report.later[-1].name}"
+        yield "if this is the newest night, a clock was wrong: this machine's now, or that night's then"
 
 
 def _first(targets: Sequence[str]) -> Sequence[str]:

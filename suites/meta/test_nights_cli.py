@@ -17,7 +17,7 @@ from reports.__main__ import main
 from reports.nights import commands, marks, night
 from reports.nights.history import History
 from reports.nights.judging import Finding, Judgement
-from suites.meta.nights import GOOD, KL, SPEED, check, kl, plain_judge, run, speed, subjects, tree, written
+from suites.meta.nights import GOOD, GPU, KL, SPEED, check, kl, plain_judge, run, speed, subjects, tree, written
 
 ROOT = Path(__file__).parents[2]
 WORSE = (GOOD[0], speed(80.0), GOOD[2])
@@ -270,6 +270,35 @@ def test_earlier_night(nights: Nights) -> None:
     assert nights.night(2) == 0
 
 
+def test_clock_that_went_back(nights: Nights) -> None:
+    """A new night that began before all others of its kind is kept, and fails: it was held against nothing."""
+    nights.night(3)
+    assert nights.night(1, WORSE) == 2
+    assert nights.err.count("\n") == 1
+    assert "look at the machine's clock" in nights.err
+    assert len(nights.names) == 2
+    assert nights.night(1, WORSE) == 0  # known by now
+    assert nights.night(2, machine={"cpu": "other"}) == 0
+
+
+def test_night_of_the_future(nights: Nights) -> None:
+    """A night that says it began later than tonight's is named every night: it is no baseline, and one never looks."""
+    nights.night(1)
+    nights.night(20)
+    assert nights.night(2, WORSE) == 1
+    assert f"1 night of this kind began later and were not looked at, the last {nights.names[-1]}" in nights.said
+
+
+def test_gpu_that_is_gone(nights: Nights) -> None:
+    """Where a GPU is asked for, a night that saw none fails, however well it compares with others without one."""
+    assert nights.night(1, GOOD, "--gpu", machine=GPU) == 0
+    for day in (2, 3):
+        assert nights.night(day, GOOD, "--gpu") == 2
+        assert "saw no GPU" in nights.err
+    assert nights.night(4) == 0
+    assert len(nights.names) == 4
+
+
 def test_pages_elsewhere(nights: Nights, tmp_path: Path) -> None:
     """Pages are written where they are wanted."""
     assert nights.night(1, GOOD, "-o", tmp_path / "site") == 0
@@ -290,7 +319,7 @@ def test_strange_words(nights: Nights) -> None:
 
 
 def test_nobody_reads_to_the_end(nights: Nights) -> None:
-    """Read by ``head`` or in another encoding, every command ends as it should, its pages drawn and its baseline moved."""
+    """Read by ``head`` or in another encoding, a command ends as it should: pages are drawn, a baseline is moved."""
     nights.night(1)
     source = written(nights.folder / "2.json", run(2, FAILED))
     history = ["--history", str(nights.history)]
