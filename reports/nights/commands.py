@@ -128,8 +128,8 @@ def _trend(asked: argparse.Namespace) -> int:
 def _draw(history: History, path: Path, today: str = "") -> None:
     """Write the trend page; beside it lies the page of ``today``'s run."""
     entries = history.nights()
-    seen = dict.fromkeys(entry.kind for entry in reversed(entries))
-    series = {kind: history.series(kind) for kind in seen}
+    last = {entry.kind: entry for entry in entries}  # whose checkpoints the series are of, as when it was judged
+    series = {kind: history.series(kind, entry) for kind, entry in last.items()}
     nights = [_drawn(history, entry, "index.html" if entry.name == today else "") for entry in entries]
     store.write(path, trend.page(series, nights, history.marks))
     _say([str(path)])

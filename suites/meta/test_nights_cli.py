@@ -426,6 +426,20 @@ def test_trend(nights: Nights, tmp_path: Path) -> None:
     assert (tmp_path / "t.html").read_text() == "2 2 1"
 
 
+def test_trend_of_another_checkpoint(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's series are those that the night was judged by: another checkpoint's values are none of them."""
+    drawn: list[int] = []
+
+    def page(kinds: Any, *_: Any) -> str:
+        drawn.extend(len(series.points) for found in kinds.values() for series in found if series.key == SPEED)
+        return ""
+
+    monkeypatch.setattr(commands.trend, "page", page)
+    for day, reference in ((1, "r"), (2, "r"), (3, "other")):
+        nights.night(day, WORSE if reference == "other" else GOOD, subjects=subjects(reference))
+    assert drawn == [1, 2, 1]
+
+
 # A user's mistakes
 
 

@@ -68,6 +68,9 @@ def test_one_sentence_on_tonight() -> None:
     steady = trend.page({KIND: [series(noisy(30))]}, nights(30), [])
     assert "<h1>The night of 2026-01-30 01:00 UTC: 1 quantity, none worse</h1>" in steady
     assert "checks fail" in trend.page({KIND: [series(noisy(30))]}, nights(30, "failing"), [])
+    lost = nights(30, "regressed", note="REGRESSED: 3 checks no longer run")
+    html = trend.page({KIND: [series(noisy(30))]}, lost, [])
+    assert "<h1>The night of 2026-01-30 01:00 UTC: REGRESSED: 3 checks no longer run</h1>" in html
     assert "<h1>No night is kept yet</h1>" in trend.page({}, [], [])
     assert "measured nothing" in trend.page({KIND: []}, nights(1), [])
 
