@@ -58,7 +58,7 @@ def scripts(*files: Path, later: Path | None = None) -> tuple[Script, ...]:
 
     ``head.html`` names their hashes in the page's Content-Security-Policy, ``scripts.html`` inlines them; it belongs at
     the end of the body. ``later`` is inlined as text that ``library()`` of library.js, which comes with it, runs when
-    the first chart is to be drawn: Plotly takes a second of a slow machine, which a page that opens should not wait for.
+    the first chart is to be drawn: Plotly takes a second of a slow machine, which opening a page should not wait for.
     """
     loaded = tuple(map(script, files))
     return loaded if later is None else (Script(script(later).source, later=True), script(_LIBRARY), *loaded)
