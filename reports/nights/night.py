@@ -38,7 +38,7 @@ class Report:
     run: Run
     against: tuple[Against, ...]  # the baseline first; empty on the first night of a kind
     judgement: Judgement
-    stranger: Entry | None  # on the first night of a kind: the last one of another kind
+    stranger: Against | None  # on the first night of a kind: the last one of another kind
     later: tuple[Entry, ...]  # nights of the kind that began later, which are not looked at
     notes: tuple[str, ...]  # what is wrong with the history
 
@@ -70,11 +70,7 @@ class Report:
     @cached_property
     def lost(self) -> tuple[Result, ...]:
         """Checks that the baseline ran and tonight did not: who no longer looks finds nothing."""
-        if not self.against:
-            return ()
-        found = self.against[0].comparison
-        skipped = [s.after for s in found.shifts if verdict.standing(s.after) == "skipped" and s.before.outcome in _RAN]
-        return (*(r for r in found.disappeared if r.outcome in _RAN), *skipped)
+        return _lost(self.against[0].comparison) if self.against else ()
 
     @cached_property
     def unheld(self) -> tuple[tuple[Result, str], ...]:
@@ -106,6 +102,17 @@ class Report:
         """Targets whose artifact the suites now make of other bytes: its numbers are compared, and may say why."""
         changed = [t for t, then, now in self._digests if then.get("artifact") != now.get("artifact")]
         return tuple(target for target in changed if target not in self.other_checkpoints)
+
+    @property
+    def unlike_stranger(self) -> tuple[int, int]:
+        """Checks that the last night, of another kind, ran and tonight did not; and those that newly fail.
+
+        Its numbers are no measure for tonight's, but an upgrade is when checks go away.
+        """
+        if self.stranger is None:
+            return 0, 0
+        found = self.stranger.comparison
+        return len(_lost(found)), sum(shift.newly_failing and not shift.by_bound for shift in found.shifts)
 
     @property
     def regressed(self) -> bool:
@@ -176,7 +183,7 @@ def report(history: History, name: str) -> Report:
     judgement = judge(history.series(night.kind, night), name, *names)
     strangers = [each for each in history.nights() if each.name < night.name and not alike]
     against = tuple(_against(history, run, alike, accepted, frozen))
-    stranger = strangers[-1] if strangers else None
+    stranger = Against("last", strangers[-1], Comparison(history.run(strangers[-1].name), run)) if strangers else None
     return Report(night, run, against, judgement, stranger, tuple(later), tuple(history.notes))
 
 
@@ -206,6 +213,12 @@ def _against(
     known = {each.name: each for each in alike}
     for name, (role, mark) in roles.items():
         yield Against(role, known[name], Comparison(history.run(name), run), mark)
+
+
+def _lost(found: Comparison) -> tuple[Result, ...]:
+    """Checks that ran before and do not now."""
+    skipped = [s.after for s in found.shifts if verdict.standing(s.after) == "skipped" and s.before.outcome in _RAN]
+    return (*(r for r in found.disappeared if r.outcome in _RAN), *skipped)
 
 
 def _unseen(result: Result) -> Result:

@@ -81,13 +81,20 @@ def _roles(found: History) -> dict[str, str]:
 def _against(report: Report) -> Iterator[str]:
     if not report.against:
         if report.stranger is not None:
-            changed = "; ".join(kinds.differences(report.stranger.kind, report.night.kind))
-            yield f"the last night, {report.stranger.name}, was of another kind: {inline(changed, 400)}"
+            before = report.stranger.night
+            changed = "; ".join(kinds.differences(before.kind, report.night.kind))
+            yield f"the last night, {before.name}, was of another kind: {inline(changed, 400)}"
+            lost, failing = report.unlike_stranger
+            if lost or failing:
+                yield (
+                    f"of what it checked, {verdict.counted(lost, 'check')} no longer run and {failing} newly fail: "
+                    f"python -m reports diff of runs/{before.name}.json and runs/{report.night.name}.json shows them"
+                )
         yield "what later nights are held against is the first until you say otherwise: python -m reports accept"
         return
     yield f"held against {', '.join(map(_role, report.against))}"
     if all(other.mark is None for other in report.against):
-        yield "no night was accepted yet: say which is good, and why, by python -m reports accept"
+        yield "no night of this kind was accepted yet: say which is good, and why, by python -m reports accept"
 
 
 def _role(other: Against) -> str:

@@ -82,7 +82,7 @@ def test_steady(nights: Nights) -> None:
     first, last, _ = nights.names
     assert nights.said[0].endswith(": no regression")
     assert f"held against the first night {first}, the last night {last}" in nights.said
-    assert any(line.startswith("no night was accepted yet") for line in nights.said)
+    assert any(line.startswith("no night of this kind was accepted yet") for line in nights.said)
 
 
 def test_newly_failing(nights: Nights) -> None:
@@ -235,6 +235,16 @@ def test_another_kind(nights: Nights) -> None:
     nights.night(1)
     assert nights.night(2, FAILED, versions={"python": "3.12.3", "torch": "2.12.0"}) == 0
     assert f"the last night, {nights.names[0]}, was of another kind: torch 2.11.0 -> 2.12.0" in nights.said
+
+
+def test_checks_that_an_upgrade_took(nights: Nights) -> None:
+    """The first night of another kind says how many checks of the last night are gone, skipped or newly failing."""
+    upgraded = {"versions": {"python": "3.12.3", "torch": "2.12.0"}}
+    nights.night(1)
+    nights.night(2, (FAILED[0], check("skipped", name="test_top1", message="no vLLM")), **upgraded)
+    assert "of what it checked, 2 checks no longer run and 1 newly fail: python -m reports diff" in nights.out
+    nights.night(3, versions={"python": "3.12.3", "torch": "2.13.0"})
+    assert "no longer run" not in nights.out
 
 
 def test_another_checkpoint(nights: Nights) -> None:
