@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from reports.brief import brief
 from reports.compare import Comparison
 from reports.junit import junit
 from reports.nights import commands as nights
+from reports.printing import printed
 from reports.render import render
 from reports.step_summary import step_summary
 
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run = store.load(asked.results)
         if asked.command == "show":
-            print(terminal.text(run))
+            printed(f"{terminal.text(run)}\n")
         elif asked.command == "tables":
-            print("\n".join(_tables(run, asked.title)))
+            printed("\n".join((*_tables(run, asked.title), "")))
         else:
             beside = asked.results.with_name("index.html") if asked.format == "html" else None
             _deliver(_FORMATS[asked.format](run), asked.output or beside, [asked.results])
@@ -73,19 +73,12 @@ def _diff(asked: argparse.Namespace) -> None:
 def _deliver(text: str, output: Path | None, sources: Sequence[Path]) -> None:
     """Write ``text`` to a file and say which, or else print it, as UTF-8 whatever the terminal's encoding."""
     if output is None:
-        try:
-            sys.stdout.flush()
-            sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
-            sys.stdout.buffer.flush()
-        except BrokenPipeError:  # who reads has read enough; Python's own flush at exit must not meet the pipe again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            raise UserError(f"cannot print: {error.strerror or error}") from error
+        printed(text)
         return
     if any(output.resolve() == source.resolve() for source in sources):
         raise UserError(f"-o {output} is the results.json itself, which would be lost: choose another file")
     store.write(output, text)
-    print(output)
+    printed(f"{output}\n")
 
 
 def _fill(readme: Path) -> None:

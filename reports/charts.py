@@ -24,6 +24,7 @@ from fixtures.core.results import Result
 from reports.escape import printable
 
 PLOTLY = Path(__file__).parent / "vendor" / "plotly-4.1.1.min.js"
+_LIBRARY = Path(__file__).parent / "templates" / "library.js"  # what runs it
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def scripts(*files: Path, later: Path | None = None) -> tuple[Script, ...]:
     """``files`` as a page's scripts, in this order; hand them to its template as ``scripts``.
 
     ``head.html`` names their hashes in the page's Content-Security-Policy, ``scripts.html`` inlines them; it belongs at
-    the end of the body. ``later`` is inlined as text that charts.js runs when the first chart is to be drawn: Plotly
-    takes a second of a slow machine, which a page that opens should not wait for.
+    the end of the body. ``later`` is inlined as text that ``library()`` of library.js, which comes with it, runs when
+    the first chart is to be drawn: Plotly takes a second of a slow machine, which opening a page should not wait for.
     """
     loaded = tuple(map(script, files))
-    return loaded if later is None else (Script(script(later).source, later=True), *loaded)
+    return loaded if later is None else (Script(script(later).source, later=True), script(_LIBRARY), *loaded)
 
 
 def embedded(data: object) -> Markup:

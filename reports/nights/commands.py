@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from reports.escape import inline
 from reports.nights import kinds, saying, trend
 from reports.nights.history import History
 from reports.nights.index import Entry
-from reports.nights.night import report
+from reports.nights.night import Report, report
 from reports.nights.series import Mark, Night
+from reports.printing import printed
 from reports.render import render
 
 HISTORY = "QUANTPROOF_HISTORY"
@@ -28,6 +30,7 @@ def add_to(commands: Any) -> None:
     night = commands.add_parser("night", help="keep a run in the history and compare it with the nights before")
     night.add_argument("results", type=Path, metavar="results.json")
     night.add_argument("-o", "--output", type=Path, metavar="DIR", help="for the pages (default: pages in the history)")
+    night.add_argument("--gpu", action="store_true", help="fail when the run saw no GPU: its checks were skipped")
     night.add_argument("--only-store", action="store_true", help="keep it, and judge nothing")
     accept = commands.add_parser("accept", help="move the baseline to a night, with a reason")
     accept.add_argument("night", nargs="?", default="latest", metavar="NIGHT", help="its name or how it starts")
@@ -64,11 +67,28 @@ def _night(asked: argparse.Namespace) -> int:
     _say(saying.night(found))
     pages = asked.output or asked.history / "pages"
     store.write(pages / "index.html", render(found.run))
-    print(pages / "index.html")
+    _say([str(pages / "index.html")])
     _draw(history, pages / "trend.html", today=stored.name)
     if found.regressed:
-        print(f'If that is meant: python -m reports accept {stored.name} --history {asked.history} --reason "..."')
+        despite = ["--despite-failures"] if found.night.failing else []
+        meant = shlex.join(["accept", stored.name, "--history", str(asked.history), *despite])
+        _say([f'If that is meant: python -m reports {meant} --reason "..."'])
+    if stored.new:
+        _compared(found, on_gpu=asked.gpu)
     return int(found.regressed)
+
+
+def _compared(found: Report, *, on_gpu: bool) -> None:
+    """Raise where a new night was judged, in a way, and not by what it should have been: nobody would notice."""
+    if on_gpu and not kinds.on_gpu(found.night.kind):
+        raise UserError(
+            f"--gpu: {found.night.name} saw no GPU, and was held against nights without one; is nvidia-smi well?"
+        )
+    if found.later and not found.against:
+        raise UserError(
+            f"{found.night.name} is kept, but held against nothing: all {len(found.later)} other nights of its kind "
+            "began later; look at the machine's clock (old runs are added by --only-store)"
+        )
 
 
 def _accept(asked: argparse.Namespace) -> int:
@@ -108,11 +128,11 @@ def _trend(asked: argparse.Namespace) -> int:
 def _draw(history: History, path: Path, today: str = "") -> None:
     """Write the trend page; beside it lies the page of ``today``'s run."""
     entries = history.nights()
-    seen = dict.fromkeys(entry.kind for entry in reversed(entries))
-    series = {kind: history.series(kind) for kind in seen}
+    last = {entry.kind: entry for entry in entries}  # whose checkpoints the series are of, as when it was judged
+    series = {kind: history.series(kind, entry) for kind, entry in last.items()}
     nights = [_drawn(history, entry, "index.html" if entry.name == today else "") for entry in entries]
     store.write(path, trend.page(series, nights, history.marks))
-    print(path)
+    _say([str(path)])
 
 
 def _drawn(history: History, entry: Entry, page: str) -> Night:
@@ -132,8 +152,7 @@ def _folder(asked: argparse.Namespace) -> Path:
 
 
 def _say(lines: list[str]) -> None:
-    for line in lines:
-        print(line.encode("utf-8", "backslashreplace").decode())
+    printed("".join(f"{line}\n" for line in lines))
 
 
 def _user() -> str:

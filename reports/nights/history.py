@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -118,10 +119,11 @@ class History:
 
     @cached_property
     def marks(self) -> list[Mark]:
-        """Every move of a baseline, oldest first."""
+        """Every move of a baseline, oldest first; of the kind that its night is of, as far as that is there."""
         found, refused = marks.accepted(self.folder)
         self.notes += refused
-        return found
+        known = {night.name: night.kind for night in self.nights()}  # a later version may name kinds otherwise
+        return [replace(mark, kind=known.get(mark.night, mark.kind)) for mark in found]
 
     @cached_property
     def judged(self) -> dict[str, Judged]:

@@ -34,6 +34,11 @@ def kind_of(about: Mapping[str, Any]) -> Kind:
     return Kind(_chosen(machine, names), _chosen(versions, _VERSIONS))
 
 
+def on_gpu(kind: Kind) -> bool:
+    """Whether the machine had a GPU."""
+    return any(name == "gpu" for name, _ in kind.machine)
+
+
 def machine_words(kind: Kind) -> str:
     """The machine as a person says it: ``NVIDIA H200, NVIDIA H200, driver 580.159.04``."""
     said = [value if name in ("gpu", "cpu") else f"{name} {value}" for name, value in kind.machine]

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from fixtures.core.results import Result, Run
 from reports import verdict
-from reports.compare import Comparison, Shift
+from reports.compare import Comparison, Rebound, Shift
 from reports.nights import kinds, marks
 from reports.nights.history import History
 from reports.nights.index import Entry
@@ -38,7 +38,8 @@ class Report:
     run: Run
     against: tuple[Against, ...]  # the baseline first; empty on the first night of a kind
     judgement: Judgement
-    stranger: Entry | None  # on the first night of a kind: the last one of another kind
+    stranger: Against | None  # on the first night of a kind: the last one of another kind
+    later: tuple[Entry, ...]  # nights of the kind that began later, which are not looked at
     notes: tuple[str, ...]  # what is wrong with the history
 
     @cached_property
@@ -48,6 +49,10 @@ class Report:
         for other in self.against:
             for shift in other.comparison.shifts:
                 if shift.newly_failing and not shift.by_bound:
+                    found.setdefault(shift.after.id, (shift, other.role))
+        for other in self.against[:1]:  # to list a failure as known excuses it in its run; a baseline moves by accept
+            for shift in other.comparison.shifts:
+                if (verdict.standing(shift.before), verdict.standing(shift.after)) == ("passed", "xfailed"):
                     found.setdefault(shift.after.id, (shift, other.role))
         for other in self.against[:1]:  # a new check that fails was never better; it fails its own run all the same
             for result in other.comparison.appeared:
@@ -65,11 +70,27 @@ class Report:
     @cached_property
     def lost(self) -> tuple[Result, ...]:
         """Checks that the baseline ran and tonight did not: who no longer looks finds nothing."""
+        return _lost(self.against[0].comparison) if self.against else ()
+
+    @cached_property
+    def unheld(self) -> tuple[tuple[Result, str], ...]:
+        """Quantities that the baseline held against a bound and that tonight's check, which ran, holds against none.
+
+        Their bound is gone, or they are: who renames a quantity, or stops measuring it, starts its history anew.
+        """
         if not self.against:
             return ()
         found = self.against[0].comparison
-        skipped = [s.after for s in found.shifts if verdict.standing(s.after) == "skipped" and s.before.outcome in _RAN]
-        return (*(r for r in found.disappeared if r.outcome in _RAN), *skipped)
+        unbound = [(r, b.quantity) for b in found.rebounds if b.after is None for r in b.results]
+        gone = [(m.result, m.before.quantity) for m in found.moves if m.after is None and m.before and m.before.bound]
+        return tuple((r, quantity) for r, quantity in (*unbound, *gone) if verdict.standing(r) == "passed")
+
+    @cached_property
+    def loosened(self) -> tuple[Rebound, ...]:
+        """Bounds that allow more than the baseline's, or something else: said, and no regression of any number."""
+        if not self.against:
+            return ()
+        return tuple(b for b in self.against[0].comparison.rebounds if b.way in ("looser", "another bound"))
 
     @cached_property
     def other_checkpoints(self) -> tuple[str, ...]:
@@ -83,9 +104,20 @@ class Report:
         return tuple(target for target in changed if target not in self.other_checkpoints)
 
     @property
+    def unlike_stranger(self) -> tuple[int, int]:
+        """Checks that the last night, of another kind, ran and tonight did not; and those that newly fail.
+
+        Its numbers are no measure for tonight's, but an upgrade is when checks go away.
+        """
+        if self.stranger is None:
+            return 0, 0
+        found = self.stranger.comparison
+        return len(_lost(found)), sum(shift.newly_failing and not shift.by_bound for shift in found.shifts)
+
+    @property
     def regressed(self) -> bool:
         """Whether the night is worse than what it is held against, in any way."""
-        return bool(self.failing or self.lost or self.judgement.regressions)
+        return bool(self.failing or self.lost or self.unheld or self.judgement.regressions)
 
     @property
     def word(self) -> Verdict:
@@ -105,6 +137,7 @@ class Report:
             {
                 "check newly failing": len(self.failing),
                 "check no longer run": len(self.lost),
+                "bound no longer held": len(self.unheld),
                 "quantity worse": len(self.judgement.regressions),
             }
         )
@@ -142,14 +175,16 @@ def report(history: History, name: str) -> Report:
         UserError: when the night cannot be read.
     """
     night = history.night(name)
-    alike = [each for each in history.nights() if each.kind == night.kind and each.name < night.name]
+    same = [each for each in history.nights() if each.kind == night.kind]
+    alike, later = ([each for each in same if each.name < name], [each for each in same if each.name > name])
     run = history.run(name)
     accepted, frozen = (_baseline(history, night, alike, frozen=frozen) for frozen in (False, True))
     names = [None if mark is None else mark.night for mark in (accepted, frozen)]
     judgement = judge(history.series(night.kind, night), name, *names)
     strangers = [each for each in history.nights() if each.name < night.name and not alike]
     against = tuple(_against(history, run, alike, accepted, frozen))
-    return Report(night, run, against, judgement, strangers[-1] if strangers else None, tuple(history.notes))
+    stranger = Against("last", strangers[-1], Comparison(history.run(strangers[-1].name), run)) if strangers else None
+    return Report(night, run, against, judgement, stranger, tuple(later), tuple(history.notes))
 
 
 def _baseline(history: History, night: Entry, alike: Sequence[Entry], *, frozen: bool) -> Mark | None:
@@ -178,6 +213,12 @@ def _against(
     known = {each.name: each for each in alike}
     for name, (role, mark) in roles.items():
         yield Against(role, known[name], Comparison(history.run(name), run), mark)
+
+
+def _lost(found: Comparison) -> tuple[Result, ...]:
+    """Checks that ran before and do not now."""
+    skipped = [s.after for s in found.shifts if verdict.standing(s.after) == "skipped" and s.before.outcome in _RAN]
+    return (*(r for r in found.disappeared if r.outcome in _RAN), *skipped)
 
 
 def _unseen(result: Result) -> Result:

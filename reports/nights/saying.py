@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fixtures.core.measurement import readable
 from reports import verdict
-from reports.compare import Shift
+from reports.compare import Rebound, Shift
 from reports.escape import inline
 from reports.nights import kinds
 from reports.nights.history import History
@@ -26,15 +26,21 @@ def night(report: Report) -> list[str]:
         *_against(report),
         *_listed("newly failing", (_failing(shift, role) for shift, role in report.failing)),
         *_listed("no longer run", (_check(r.target_id, f"{r.suite}: {r.check}", r.case) for r in report.lost)),
+        *_listed(
+            "no longer held against a bound",
+            (f"{_check(r.target_id, f'{r.suite}: {r.check}', r.case)}, {quantity}" for r, quantity in report.unheld),
+        ),
         *_listed("worse", map(_finding, report.judgement.regressions)),
         *_listed("better", map(_finding, report.judgement.improvements)),
         *_listed(
             "failing by a bound that was moved, not by a number",
             (_check(s.after.target_id, f"{s.after.suite}: {s.after.check}", s.after.case) for s in report.by_bound),
         ),
+        *_listed("bounds that allow more", map(_loosened, report.loosened)),
         *_listed("not measured tonight", map(_gone, report.judgement.gone)),
         *_checkpoints(report),
         *_unsure(report),
+        *_later(report),
         *(f"note: {inline(note, 600)}" for note in report.notes),
     ]
 
@@ -75,13 +81,20 @@ def _roles(found: History) -> dict[str, str]:
 def _against(report: Report) -> Iterator[str]:
     if not report.against:
         if report.stranger is not None:
-            changed = "; ".join(kinds.differences(report.stranger.kind, report.night.kind))
-            yield f"the last night, {report.stranger.name}, was of another kind: {inline(changed, 400)}"
+            before = report.stranger.night
+            changed = "; ".join(kinds.differences(before.kind, report.night.kind))
+            yield f"the last night, {before.name}, was of another kind: {inline(changed, 400)}"
+            lost, failing = report.unlike_stranger
+            if lost or failing:
+                yield (
+                    f"of what it checked, {verdict.counted(lost, 'check')} no longer run and {failing} newly fail: "
+                    f"python -m reports diff of runs/{before.name}.json and runs/{report.night.name}.json shows them"
+                )
         yield "what later nights are held against is the first until you say otherwise: python -m reports accept"
         return
     yield f"held against {', '.join(map(_role, report.against))}"
     if all(other.mark is None for other in report.against):
-        yield "no night was accepted yet: say which is good, and why, by python -m reports accept"
+        yield "no night of this kind was accepted yet: say which is good, and why, by python -m reports accept"
 
 
 def _role(other: Against) -> str:
@@ -105,6 +118,11 @@ def _failing(shift: Shift, role: str) -> str:
     why = verdict.why(after)
     where = _check(after.target_id, f"{after.suite}: {after.check}", after.case)
     return f"{where}: {was} in the {role} night" + (f"; now {why}" if why else "")
+
+
+def _loosened(bound: Rebound) -> str:
+    checks = verdict.counted(len(bound.results), "check")
+    return f"{bound.check}, {bound.quantity}: {bound.before} -> {bound.after}, in {checks}"
 
 
 def _check(target: str, check: str, case: str) -> str:
@@ -136,6 +154,13 @@ def _unsure(report: Report) -> Iterator[str]:
     yield from _listed("worse, if the next night says so, too", map(_finding, found.suspects))
     if found.insufficient:
         yield f"{verdict.counted(len(found.insufficient), 'number')} had too few nights to tell noise from change"
+
+
+def _later(report: Report) -> Iterator[str]:
+    if report.later:
+        others = verdict.counted(len(report.later), "night")
+        yield f"{others} of this kind began later and were not looked at, the last {report.later[-1].name}"
+        yield "if this is the newest night, a clock was wrong: this machine's now, or that night's then"
 
 
 def _first(targets: Sequence[str]) -> Sequence[str]:

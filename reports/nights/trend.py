@@ -62,9 +62,10 @@ def headline(nights: Sequence[Night], histories: Sequence[History]) -> str:
     when, history = inline(moment(nights[-1].started), 40), histories[0] if histories else None
     if history is None or not history.series:
         return f"The night of {when} measured nothing"
-    said = history.judgement
+    said, last = history.judgement, nights[-1]
     parts = [f"{len(said.regressions)} of {counted(len(history.series), 'quantity')} worse"] if said.regressions else []
-    parts += ["checks fail"] if nights[-1].verdict == "failing" else []
+    alarming = last.verdict == "failing" or (last.verdict == "regressed" and not said.regressions)
+    parts += [inline(last.note, 200) or "checks fail"] if alarming else []  # what no quantity tells
     parts += [f"{len(said.suspects)} to be confirmed tomorrow"] if said.suspects else []
     parts += [f"{len(said.improvements)} better"] if said.improvements else []
     parts += [f"{len(said.gone)} no longer measured"] if said.gone else []

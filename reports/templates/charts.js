@@ -4,15 +4,6 @@ const charts = (() => {
   const drawn = new Set();
   let figures;
 
-  // The library is text until the first chart wants it: an inlined script runs at once, named by its hash like the others.
-  const library = () => {
-    if (!window.Plotly) {
-      const run = document.createElement("script");
-      run.textContent = document.getElementById("library").textContent;
-      document.head.append(run);
-    }
-    return window.Plotly;
-  };
   const figure = (name) => {
     figures ??= JSON.parse(document.getElementById("figures").textContent);
     return structuredClone(figures[name]);

@@ -117,15 +117,6 @@
     return fitting;
   };
 
-  // Plotly is text until the first chart: a second of a slow machine that opening the page need not wait for.
-  const library = () => {
-    if (!window.Plotly) {
-      const run = document.createElement("script");
-      run.textContent = document.getElementById("library").textContent;
-      document.head.append(run);
-    }
-    return window.Plotly;
-  };
   // Plotly reads tags and references in what it is given.
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fixtures.quantizers.cache import cached_artifact
 from fixtures.subjects import shipped
 from fixtures.verifying import Verify
 from suites.meta.answering import listener
+from suites.meta.browsing import WIDE, started
 
 SUBJECT = "qwen2_5_vl-tiny"
 TARGET = Target("qwen2_5_vl", "tiny", "awq")
@@ -65,3 +66,33 @@ def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[..., Ver
         return verify
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One browser for the tests of a module; longer, its event loop would be in the way of others' tests."""
+    with started() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browse(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens a page, without a network; whatever it says in the console fails the test."""
+    said: list[str] = []
+    contexts = []
+
+    def opened(html: str, viewport: Any = WIDE, scheme: str = "light", fragment: str = "", **options: Any) -> Any:
+        (tmp_path / "index.html").write_text(html, encoding="utf-8")
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(f"{(tmp_path / 'index.html').as_uri()}{fragment}")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert said == []

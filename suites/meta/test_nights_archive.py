@@ -20,7 +20,7 @@ import pytest
 
 from fixtures.core.errors import UserError
 from fixtures.core.measurement import Bound, Measurement
-from reports.nights import kinds, marks, policy
+from reports.nights import index, kinds, marks, policy
 from reports.nights.history import History
 from reports.nights.index import Index
 from reports.nights.series import Key, Kind, Mark, Point, Points, Series
@@ -187,6 +187,33 @@ def test_index(history: History, damage: str) -> None:
     assert (again.series(KIND), again.nights()) == expected
     assert len(again.notes) == (0 if damage == "gone" else 1)
     assert all("made anew" in note for note in again.notes)
+
+
+@pytest.mark.parametrize("file", index._MADE_BY)
+def test_index_of_other_code(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """An index that other code made is not believed: a change of any file that decides what is in it makes it anew."""
+    kept(history, run(1))
+    for each in index._MADE_BY:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_bytes((index.ROOT / each).read_bytes())
+    (tmp_path / file).write_text("changed = True", encoding="utf-8")
+    monkeypatch.setattr(index, "ROOT", tmp_path)
+    monkeypatch.setattr(index, "version", index.version.__wrapped__)
+    (note,) = History(history.folder).notes
+    assert note.endswith("was made anew from the runs: it was an index of another version")
+    assert History(history.folder).notes == []
+
+
+def test_kinds_named_otherwise(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a later version names kinds otherwise, what was accepted still counts for the kind of its night."""
+    (name,) = kept(history, run(1))
+    history.accept(Mark(name, KIND, "good"))
+    monkeypatch.setattr(kinds, "_VERSIONS", (*kinds._VERSIONS, "pytest"))
+    again = History(history.folder)
+    again.rebuild()
+    (mark,), (night,) = again.marks, again.nights()
+    assert (mark.night, mark.kind) == (name, night.kind)
+    assert mark.kind != KIND
 
 
 def test_index_of_any_order(history: History, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from fixtures.core.measurement import Measurement
+from fixtures.core.measurement import Bound, Measurement
 from reports import store
 from reports.__main__ import main
 from reports.nights import commands, marks, night
 from reports.nights.history import History
 from reports.nights.judging import Finding, Judgement
-from suites.meta.nights import GOOD, KL, SPEED, check, kl, plain_judge, run, speed, subjects, tree, written
+from suites.meta.nights import GOOD, GPU, KL, SPEED, check, kl, plain_judge, run, speed, subjects, tree, written
 
 ROOT = Path(__file__).parents[2]
 WORSE = (GOOD[0], speed(80.0), GOOD[2])
@@ -82,7 +82,7 @@ def test_steady(nights: Nights) -> None:
     first, last, _ = nights.names
     assert nights.said[0].endswith(": no regression")
     assert f"held against the first night {first}, the last night {last}" in nights.said
-    assert any(line.startswith("no night was accepted yet") for line in nights.said)
+    assert any(line.startswith("no night of this kind was accepted yet") for line in nights.said)
 
 
 def test_newly_failing(nights: Nights) -> None:
@@ -122,6 +122,56 @@ def test_no_longer_run(nights: Nights) -> None:
     assert nights.said[0].endswith("REGRESSED: 2 checks no longer run")
     assert "  f-tiny-awq throughput: test_speed [batch_8]" in nights.said
     assert "  f-tiny-awq parity: test_top1 [text]" in nights.said
+
+
+def renamed(quantity: str = "mean KL", limit: float | None = 0.02) -> tuple[Any, ...]:
+    """The good night, its mean token KL by another name or without its bound."""
+    bound = None if limit is None else Bound("at_most", limit)
+    return (check("passed", Measurement(quantity, 0.01, "nats", bound), kl(0.1, 0.2)), *GOOD[1:])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [renamed(), renamed("mean token KL", None), (check("passed", Measurement("told", 1.0)), *GOOD[1:])],
+    ids=["renamed", "bound taken away", "not measured"],
+)
+def test_no_longer_held(nights: Nights, results: Any) -> None:
+    """A quantity that tonight is held against no bound any more is a regression until that is accepted."""
+    nights.night(1, (check("passed", kl(0.01), kl(0.1, 0.2)), *GOOD[1:]))
+    for day in (2, 3):
+        assert nights.night(day, results) == 1
+        assert "no longer held" in nights.said[0]
+        assert "  f-tiny-awq parity: test_kl [text], mean token KL" in nights.said
+    nights("accept", "--reason", "another name")
+    assert nights.night(4, results) == 0
+
+
+def test_failed_before_it_measured(nights: Nights) -> None:
+    """What a check does not come to measure because it fails is told by its failing alone."""
+    nights.night(1, (check("passed", kl(0.01), Measurement("q", 0.0, "", Bound("at_most", 1))), *GOOD[1:]))
+    assert nights.night(2, FAILED) == 1
+    assert nights.said[0].endswith("REGRESSED: 1 check newly failing")
+
+
+def test_listed_as_known(nights: Nights) -> None:
+    """A check that held in the baseline and now fails as it is listed to is a regression until it is accepted."""
+    excused = (check("xfailed", kl(0.3), message="as everybody knows"), *GOOD[1:])
+    nights.night(1)
+    for day in (2, 3):
+        assert nights.night(day, excused) == 1
+        assert nights.said[0].endswith("REGRESSED: 1 check newly failing")
+        assert "mean token KL: 0.3 nats, must be at most 0.02 nats" in nights.out
+    nights("accept", "--reason", "listed, and why")
+    assert nights.night(4, excused) == 0
+
+
+def test_bound_that_was_loosened(nights: Nights) -> None:
+    """A bound that allows more than the baseline's is said with both limits, and is no regression."""
+    nights.night(1)
+    assert nights.night(2, (check("passed", kl(0.01, 0.2)), *GOOD[1:])) == 0
+    assert "  parity: test_kl, mean token KL: at most 0.02 -> at most 0.2, in 1 check" in nights.said
+    assert nights.night(3, (check("passed", kl(0.01, 0.015)), *GOOD[1:])) == 0
+    assert "bounds that allow more:" not in nights.said
 
 
 def test_worse(nights: Nights) -> None:
@@ -187,6 +237,16 @@ def test_another_kind(nights: Nights) -> None:
     assert f"the last night, {nights.names[0]}, was of another kind: torch 2.11.0 -> 2.12.0" in nights.said
 
 
+def test_checks_that_an_upgrade_took(nights: Nights) -> None:
+    """The first night of another kind says how many checks of the last night are gone, skipped or newly failing."""
+    upgraded = {"versions": {"python": "3.12.3", "torch": "2.12.0"}}
+    nights.night(1)
+    nights.night(2, (FAILED[0], check("skipped", name="test_top1", message="no vLLM")), **upgraded)
+    assert "of what it checked, 2 checks no longer run and 1 newly fail: python -m reports diff" in nights.out
+    nights.night(3, versions={"python": "3.12.3", "torch": "2.13.0"})
+    assert "no longer run" not in nights.out
+
+
 def test_another_checkpoint(nights: Nights) -> None:
     """Numbers of another reference are no regression but another thing, which is said; another artifact is judged."""
     nights.night(1, subjects=subjects())
@@ -220,6 +280,35 @@ def test_earlier_night(nights: Nights) -> None:
     assert nights.night(2) == 0
 
 
+def test_clock_that_went_back(nights: Nights) -> None:
+    """A new night that began before all others of its kind is kept, and fails: it was held against nothing."""
+    nights.night(3)
+    assert nights.night(1, WORSE) == 2
+    assert nights.err.count("\n") == 1
+    assert "look at the machine's clock" in nights.err
+    assert len(nights.names) == 2
+    assert nights.night(1, WORSE) == 0  # known by now
+    assert nights.night(2, machine={"cpu": "other"}) == 0
+
+
+def test_night_of_the_future(nights: Nights) -> None:
+    """A night that says it began later than tonight's is named every night: it is no baseline, and one never looks."""
+    nights.night(1)
+    nights.night(20)
+    assert nights.night(2, WORSE) == 1
+    assert f"1 night of this kind began later and were not looked at, the last {nights.names[-1]}" in nights.said
+
+
+def test_gpu_that_is_gone(nights: Nights) -> None:
+    """Where a GPU is asked for, a night that saw none fails, however well it compares with others without one."""
+    assert nights.night(1, GOOD, "--gpu", machine=GPU) == 0
+    for day in (2, 3):
+        assert nights.night(day, GOOD, "--gpu") == 2
+        assert "saw no GPU" in nights.err
+    assert nights.night(4) == 0
+    assert len(nights.names) == 4
+
+
 def test_pages_elsewhere(nights: Nights, tmp_path: Path) -> None:
     """Pages are written where they are wanted."""
     assert nights.night(1, GOOD, "-o", tmp_path / "site") == 0
@@ -237,6 +326,28 @@ def test_strange_words(nights: Nights) -> None:
     assert nights("history") == 0
     assert "\x1b" not in nights.out
     assert all(line.isprintable() for line in nights.said)
+
+
+def test_nobody_reads_to_the_end(nights: Nights) -> None:
+    """Read by ``head`` or in another encoding, a command ends as it should: pages are drawn, a baseline is moved."""
+    nights.night(1)
+    source = written(nights.folder / "2.json", run(2, FAILED))
+    history = ["--history", str(nights.history)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    for command, code in (
+        (["night", str(source), *history], 1),
+        (["accept", *history, "--despite-failures", "--reason", "gew\u00f6hnt"], 0),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)  # who reads is gone before anything is said
+        with os.fdopen(writer, "wb") as out:
+            done = subprocess.run(
+                [sys.executable, "-m", "reports", *command], stdout=out, stderr=subprocess.PIPE, env=environment
+            )
+        assert (done.returncode, done.stderr) == (code, b"")
+    assert "<h1>The night of 2026-11-02" in (nights.history / "pages/trend.html").read_text()
+    assert [mark.reason for mark in History(nights.history).marks] == ["gew\u00f6hnt"]
+    assert subprocess.run([sys.executable, "-m", "reports", "history", *history], env=environment).returncode == 0
 
 
 # Baselines
@@ -323,6 +434,20 @@ def test_trend(nights: Nights, tmp_path: Path) -> None:
     nights("accept", "--reason", "good")
     assert nights("trend", "-o", tmp_path / "t.html") == 0
     assert (tmp_path / "t.html").read_text() == "2 2 1"
+
+
+def test_trend_of_another_checkpoint(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's series are those that the night was judged by: another checkpoint's values are none of them."""
+    drawn: list[int] = []
+
+    def page(kinds: Any, *_: Any) -> str:
+        drawn.extend(len(series.points) for found in kinds.values() for series in found if series.key == SPEED)
+        return ""
+
+    monkeypatch.setattr(commands.trend, "page", page)
+    for day, reference in ((1, "r"), (2, "r"), (3, "other")):
+        nights.night(day, WORSE if reference == "other" else GOOD, subjects=subjects(reference))
+    assert drawn == [1, 2, 1]
 
 
 # A user's mistakes

@@ -281,6 +281,16 @@ def test_huge_change_on_its_first_night() -> None:
     assert (found.regressions, said(found.suspects)) == ((), ["throughput by marlin batch_8"])
 
 
+def test_reference_whose_peak_grows() -> None:
+    """A reference that takes more memory than it did is found, though what the artifact saves of it only grows."""
+    worse = worse_of("reference: peak image", "GiB")
+    found = judged(
+        series([*[7.071] * 40, 7.9], "reference: peak image", "GiB", worse, "image"),
+        series([*[0.99] * 40, 1.2], "peak image: lower by, of the weights saved", "", "down", "image"),
+    )
+    assert said(found.regressions) == ["reference: peak image image"]
+
+
 def test_facts_are_not_judged() -> None:
     """What is for the worse neither way and never is not judged."""
     assert not judged(series([*[1.0] * 40, 9.0], "published claim", "", "never")).regressions
@@ -331,6 +341,11 @@ def test_rules() -> None:
         ("published claim", ""): ("facts about the run", "never"),
         ("KL of graphs to eager, of the noise floor", ""): ("in units of the noise floor", "up"),
         ("memory lost", "MiB"): ("mebibytes", "up"),
+        ("reference: peak image", "GiB"): ("peak memory", "up"),
+        ("artifact: peak text", "GiB"): ("peak memory", "up"),
+        ("artifact: peak text above the weights", "MiB"): ("mebibytes", "up"),
+        ("peak text: lower by, of the weights saved", ""): ("bytes", "never"),
+        ("reference: NVML after image", "GiB"): ("bytes", "never"),
         ("largest drift of a layer", ""): ("KL divergence", "up"),
         ("something else", ""): ("anything else", "never"),
     }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ from reports.nights import trend
 from reports.nights.series import Key, Kind, Mark, Night, Points, Series, Verdict
 from reports.nights.trend_data import packed
 from reports.render import LARGEST
+from suites.meta.browsing import PATIENCE, PHONE, SECOND, WIDE, opening
 from suites.meta.nightly import KIND, kl, names, noisy, series
 from suites.meta.pages import Page
 
-CHROMIUM = os.environ.get("QUANTPROOF_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-WIDE, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 800}
-SECOND = 1000  # ms: what the page may take to open
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;b&gt;\u202e\x1b[31m"
 OTHER = Kind((("gpu", "NVIDIA H100"),), (("torch", "2.11.0"),))
 
@@ -68,6 +64,9 @@ def test_one_sentence_on_tonight() -> None:
     steady = trend.page({KIND: [series(noisy(30))]}, nights(30), [])
     assert "<h1>The night of 2026-01-30 01:00 UTC: 1 quantity, none worse</h1>" in steady
     assert "checks fail" in trend.page({KIND: [series(noisy(30))]}, nights(30, "failing"), [])
+    lost = nights(30, "regressed", note="REGRESSED: 3 checks no longer run")
+    html = trend.page({KIND: [series(noisy(30))]}, lost, [])
+    assert "<h1>The night of 2026-01-30 01:00 UTC: REGRESSED: 3 checks no longer run</h1>" in html
     assert "<h1>No night is kept yet</h1>" in trend.page({}, [], [])
     assert "measured nothing" in trend.page({KIND: []}, nights(1), [])
 
@@ -122,42 +121,7 @@ def test_size_and_packing() -> None:
     assert isinstance(packed(np.array([1.0, np.nan])), str)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One browser for these tests."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 Show = Callable[..., Any]
-
-
-@pytest.fixture
-def show(browser: Any, tmp_path: Path) -> Iterator[Show]:
-    """Opens a page, without a network; whatever it says in the console fails the test."""
-    said: list[str] = []
-    contexts = []
-
-    def opened(html: str, viewport: Any = WIDE, scheme: str = "light", fragment: str = "") -> Any:
-        (tmp_path / "trend.html").write_text(html, encoding="utf-8")
-        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.goto(f"{(tmp_path / 'trend.html').as_uri()}{fragment}")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert said == []
 
 
 def drawn(page: Any) -> str:
@@ -166,16 +130,19 @@ def drawn(page: Any) -> str:
     return str(page.get_attribute(".plot", "data-drawn"))
 
 
-def test_opens_at_once(show: Show) -> None:
-    """365 nights of 1500 quantities open within a second, the best of three."""
-    html = year()
-    timing = "performance.getEntriesByType('navigation')[0].loadEventEnd"
-    assert min(float(show(html).evaluate(timing)) for _ in range(3)) < SECOND
+def test_opens_at_once(browser: Any, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """365 nights of 1500 quantities open in less than a second of a core."""
+    (tmp_path / "trend.html").write_text(year(), encoding="utf-8")
+    took = opening(browser, tmp_path / "trend.html")
+    record_property("opening", str(took))
+    print(took)
+    assert 0 < took.busy < SECOND
+    assert 0 < took.loaded < PATIENCE * SECOND
 
 
-def test_choosing(show: Show) -> None:
+def test_choosing(browse: Show) -> None:
     """Filters narrow the list, its head sorts it, and a click draws a quantity."""
-    page = show(regressed())
+    page = browse(regressed())
     output = page.locator(".picker output")
     assert output.inner_text() == "5 of 5 quantities"
     page.fill("[name=text]", "kl image")
@@ -192,9 +159,9 @@ def test_choosing(show: Show) -> None:
     assert "+61.3 % from it" in page.locator(".finding").inner_text()
 
 
-def test_deep_link(show: Show) -> None:
+def test_deep_link(browse: Show) -> None:
     """A link to a quantity shows it, with its remarks on accepted nights, changes of level and regressions."""
-    page = show(regressed(), fragment="#f-tiny-awq-parity-test_p-batch_8-throughput-by-marlin")
+    page = browse(regressed(), fragment="#f-tiny-awq-parity-test_p-batch_8-throughput-by-marlin")
     assert drawn(page) == "f-tiny-awq-parity-test_p-batch_8-throughput-by-marlin"
     assert "its level changed on 2026-03-02" in page.locator(".finding").inner_text()
     page.locator("summary").click()
@@ -205,12 +172,12 @@ def test_deep_link(show: Show) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "viewport"), [("light", WIDE), ("dark", WIDE), ("light", PHONE), ("dark", PHONE)])
-def test_accessible(show: Show, scheme: str, viewport: Any) -> None:
+def test_accessible(browse: Show, scheme: str, viewport: Any) -> None:
     """No rule of axe is broken, light or dark, and a phone's screen is not wider than the page."""
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="no axe: pip install axe-playwright-python"
     )
-    page = show(regressed(), viewport, scheme)
+    page = browse(regressed(), viewport, scheme)
     page.locator(".list").scroll_into_view_if_needed()
     drawn(page)
     found = axe.Axe().run(page)
@@ -218,12 +185,12 @@ def test_accessible(show: Show, scheme: str, viewport: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_nothing_from_outside_runs(show: Show) -> None:
+def test_nothing_from_outside_runs(browse: Show) -> None:
     """Scripts in names, units, reasons and notes stay text, in the page, the list and the chart."""
     key = Key(EVIL, EVIL, EVIL, EVIL, EVIL)
     found = [Series(key, "up", Points(names(30), np.array([*[1.0] * 29, 2.0]))), series(noisy(30))]
     html = trend.page({KIND: found, OTHER: [replace(found[0])]}, nights(30, note=EVIL), [mark(3, EVIL)])
-    page = show(html)
+    page = browse(html)
     page.locator(".list").scroll_into_view_if_needed()
     drawn(page)
     page.select_option("[name=kind]", index=1)

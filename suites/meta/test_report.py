@@ -334,7 +334,7 @@ def test_page_escapes():
 
     page = Page(render(Run(about, results)))
 
-    assert page.tags.count("script") == 5  # figures, rows, the library, and two of the page
+    assert page.tags.count("script") == 6  # figures, rows, the library, and three of ours
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert all(href is not None and href.startswith(("#", "data:,")) for href in page.all("href"))
