@@ -6,7 +6,7 @@
 set -euo pipefail
 
 base=${QUANTPROOF_BASE:-/srv/quantproof} # CHANGE 1: a folder that outlives the checkout, of the user whose night it is
-limit=5h                                 # CHANGE 2: no night takes longer
+limit=${QUANTPROOF_LIMIT:-5h}            # CHANGE 2: no night takes longer
 export QUANTPROOF_HISTORY="$base/history" QUANTPROOF_BENCHMARKS="$base/benchmarks" TOX_WORK_DIR="$base/tox"
 export PATH="$base/tox/quantproof-gpu/bin:$base/tools/bin:$PATH"
 
@@ -31,7 +31,7 @@ main() { # read whole before it runs: pulling may change this very file
     rm -rf reports/out .cache # tonight's page must be tonight's; artifacts of every commit would fill the disk
     local code=0
     # CHANGE 3: nightly-cpu without a GPU; then also quantproof/bin instead of quantproof-gpu/bin above
-    timeout --kill-after=5m "$limit" tox -e nightly || code=$?
+    timeout --signal=INT --kill-after=5m "$limit" tox -e nightly || code=$?
     publish || code=$((code ? code : 1))
     exit "$code"
 }

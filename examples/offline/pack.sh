@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Packs every wheel that a night needs, for a runner without a network. Run where there is one, from the checkout.
 #
-#   PYTHON=python3.12 examples/offline/pack.sh [--glibc 2.28] OUT [REQUIREMENT...]
+#   PYTHON=python3.12 examples/offline/pack.sh [--glibc 2.31] OUT [REQUIREMENT...]
 #
 # PYTHON       of the runner's version: pip judges environment markers by the interpreter that runs it
 # --glibc      the runner's glibc (ldd --version), where it is older than this machine's or this machine has none
@@ -21,10 +21,10 @@ constraints=${CONSTRAINTS:-constraints-gpu.txt}
 glibc=""
 if [[ ${1-} == --glibc ]]; then
     glibc=${2-}
-    [[ $glibc =~ ^2\.[0-9]+$ ]] || stop "--glibc wants a version such as 2.28, not '$glibc'"
+    [[ $glibc =~ ^2\.[0-9]+$ ]] || stop "--glibc wants a version such as 2.31, not '$glibc'"
     shift 2
 fi
-[[ ${1-} && ${1-} != -* ]] || stop "say where to: pack.sh [--glibc 2.28] OUT [REQUIREMENT...]"
+[[ ${1-} && ${1-} != -* ]] || stop "say where to: pack.sh [--glibc 2.31] OUT [REQUIREMENT...]"
 out=$1
 shift
 command -v "$python" > /dev/null || stop "there is no $python here: set PYTHON to a Python of the runner's version"
