@@ -5,7 +5,6 @@ Only tox is played: it leaves what ``tox -e nightly`` leaves, by the command lin
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -47,7 +46,7 @@ class Stage:
             f"[[ -f {self._tonight} ]] || exit 3",
             'PATH="$TOX_WORK_DIR/quantproof-gpu/bin:$PATH"',
             f"mkdir -p {report} && cp {self._tonight} {report}/results.json",
-            f"python -m reports render {report}/results.json -o {report}/index.html",
+            f"echo the page > {report}/index.html",
             *(shlex.join(command) for command in after),
         )
 
@@ -67,7 +66,7 @@ class Stage:
         return text.replace(MACHINE, str(self.base))
 
     def bash(self, script: str, environment: Mapping[str, str], shell: Sequence[str] = ()) -> tuple[int, str]:
-        """Exit code and words of a script in the checkout; bash as CI systems call it unless ``shell`` says otherwise."""
+        """Exit code and words of a script in the checkout, in bash as CI systems call it, or in another ``shell``."""
         command = [*(shell or ("bash", "--noprofile", "--norc", "-eo", "pipefail", "-c")), script]
         clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(self.base), "LANG": "C.UTF-8"}
         clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
