@@ -12,6 +12,7 @@ export PATH="$base/tox/quantproof-gpu/bin:$base/tools/bin:$PATH"
 
 publish() { # as much as there is: a night that died early has no results, and its trend says so
     local code=0
+    mkdir -p reports/out
     python -m reports trend -o reports/out/trend.html || code=1
     python -m reports render reports/out/results.json --format junit -o reports/out/junit.xml || code=1
     python -m reports show reports/out/results.json || code=1
