@@ -205,7 +205,7 @@ def test_hung_night(alone: Stage) -> None:
     tox.write_text(tox.read_text().replace("\npython", "\nsleep 600\npython", 1))
     code, _ = by_hand(alone, QUANTPROOF_LIMIT="2s")
     assert code == 124
-    assert published(alone) == {"results.json", "junit.xml"}
+    assert published(alone) == WHOLE - {"trend.html"}  # of no night yet
 
 
 def test_by_systemd(alone: Stage) -> None:
