@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,17 +102,25 @@ def test_pack_of_what_is_not_there(pack: Pack, tmp_path: Path) -> None:
 
 
 def test_on_the_runner(pack: Pack, tmp_path: Path) -> None:
-    """The README's lines for the runner, word for word: a checkout, and a tox that came from the wheels alone."""
+    """The README's lines, word for word: a tox of the wheels alone, a checkout that a newer bundle moves."""
     assert pack("carry/wheels", "tox")[0] == 0
+    (bundle,) = re.findall(r"^git (bundle create \S+ .*?) +#", read("offline/README.md"), re.MULTILINE)
+    bundled = bundle.replace("carry/", "../carry/")
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", tmp_path / "project"]
     (tmp_path / "project").mkdir()
-    for words in ("init -q", "commit -q --allow-empty -m start", "bundle create -q ../carry/quantproof.bundle HEAD"):
-        subprocess.run([*git, *words.split()], check=True)
+    for words in ("init -q -b main", "commit -q --allow-empty -m start", bundled):
+        subprocess.run([*git, *words.split()], check=True, capture_output=True)
     done = on_the_runner(tmp_path)
     assert done.returncode == 0, done.stderr
     tox = subprocess.run([tmp_path / "machine/tools/bin/tox"], capture_output=True, text=True, check=True)
     assert tox.stdout == "4.30\n"
-    assert (tmp_path / "machine/checkout/.git").is_dir()
+    for words in ("commit -q --allow-empty -m newer", bundled):
+        subprocess.run([*git, *words.split()], check=True, capture_output=True)
+    shutil.copy(tmp_path / "carry/quantproof.bundle", tmp_path / "machine")
+    there = ["git", "-C", tmp_path / "machine/checkout"]
+    subprocess.run([*there, "pull", "--quiet", "--ff-only"], check=True)  # as night.sh does
+    said = subprocess.run([*there, "log", "-1", "--format=%s"], capture_output=True, text=True, check=True)
+    assert said.stdout == "newer\n"
 
 
 def test_damaged_on_the_way(pack: Pack, tmp_path: Path) -> None:
