@@ -37,7 +37,7 @@ def night(report: Report) -> list[str]:
             (_check(s.after.target_id, f"{s.after.suite}: {s.after.check}", s.after.case) for s in report.by_bound),
         ),
         *_listed("bounds that allow more", map(_loosened, report.loosened)),
-        *_listed("not measured tonight", map(_gone, report.judgement.gone)),
+        *_listed("not measured tonight", _gone(report)),
         *_checkpoints(report),
         *_unsure(report),
         *_later(report),
@@ -134,8 +134,12 @@ def _finding(found: Finding) -> str:
     return f"{_key(found.key)}: {readable(found.value)}{unit}, expected {readable(found.expected)}: {found.why}"
 
 
-def _gone(found: Finding) -> str:
-    return _key(found.key)
+def _gone(report: Report) -> Iterator[str]:
+    """Quantities that are gone, but for those of checks that are no longer run, which are said already."""
+    lost = {_check(r.target_id, f"{r.suite}: {r.check}", r.case) for r in report.lost}
+    for key in (found.key for found in report.judgement.gone):
+        if _check(key.target, key.check, key.case) not in lost:
+            yield _key(key)
 
 
 def _key(key: Key) -> str:

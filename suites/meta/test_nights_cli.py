@@ -212,6 +212,12 @@ def test_better_and_unsure(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(night, "judge", lambda *_: judged)
     assert nights.night(2) == 0
     assert nights.said[0].endswith("no regression; 1 quantity better")
+    where = "  f-tiny-awq parity: test_kl [text]"
+    assert f"{where}, mean token KL" in nights.said
+    assert nights.night(3, GOOD[1:]) == 1
+    assert where in nights.said  # no longer run, which says of its quantities that they are gone
+    assert "not measured tonight:" not in nights.said
+    assert nights.night(4) == 0
     for line in (
         "better:",
         "worse, if the next night says so, too:",
