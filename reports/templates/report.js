@@ -97,6 +97,33 @@
     }
   };
 
+  // Above a table too long to overlook: show the rows that contain every word of a text.
+  const filterable = (table, title) => {
+    const rows = [...table.tBodies[0].rows];
+    if (rows.length < 12) return;
+    const label = document.createElement("label");
+    const field = document.createElement("input");
+    const count = document.createElement("output");
+    label.className = "rows";
+    field.type = "search";
+    field.autocomplete = "off";
+    field.placeholder = "words";
+    count.setAttribute("aria-live", "polite");
+    label.append("Rows containing ", field, " ", count);
+    field.setAttribute("aria-label", `Rows of ${title} containing`);
+    field.addEventListener("input", () => {
+      const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      for (const row of rows) {
+        const text = [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+        shown += !row.hidden;
+      }
+      count.textContent = `${shown} of ${rows.length}`;
+    });
+    table.closest(".scroll").before(label);
+  };
+
   // A table is made ready when it is first opened: a page has hundreds.
   for (const details of document.querySelectorAll("details.data")) {
     const ready = () => {
@@ -104,6 +131,7 @@
         table.dataset.ready = "";
         complete(table);
         sortable(table);
+        filterable(table, table.closest(".scroll").getAttribute("aria-label"));
       }
     };
     if (details.open) ready();

@@ -117,6 +117,28 @@ def test_rows_come_when_a_table_is_opened_and_sort_whole(show):
     assert values == sorted(values)
 
 
+def test_rows_of_a_table_are_filtered(show):
+    """Of a long table the rows with every word are left and counted, sorted or not; emptied, all come back."""
+    page = show(crowded(linears=100, targets=1))
+    page.evaluate("document.querySelectorAll('.check').forEach((check) => { check.open = true; })")
+    table = page.locator(".data", has=page.locator("summary", has_text="Error per layer")).first
+    table.locator("summary").click()
+    field = table.get_by_role("searchbox", name="Rows of Error per layer containing")
+    shown = table.locator("tbody tr:visible")
+    word = table.locator("tbody tr").nth(42).locator("td").nth(1).text_content()
+    for _ in ("as it comes", "sorted"):
+        field.fill(f"  {word.upper()} ")
+        found = shown.all_text_contents()
+        assert 0 < len(found) < 100
+        assert all(word in text for text in found)
+        assert table.locator("label output").text_content() == f"{len(found)} of 100"
+        table.locator("thead button").last.press("Enter")
+    field.fill("nothing has this")
+    assert shown.count() == 0
+    field.fill("")
+    assert shown.count() == 100
+
+
 def test_filter(show):
     """The filter leaves the checks of an outcome or with a text, says how many, and hides groups without any."""
     page = show(illustrated())
@@ -124,7 +146,7 @@ def test_filter(show):
     page.get_by_text("failed", exact=True).click()
     assert page.locator(".check:visible").count() == 1
     page.get_by_text("all", exact=True).first.click()
-    page.get_by_role("searchbox").fill("drift")
+    page.locator(".filter").get_by_role("searchbox").fill("drift")
     assert page.locator(".check:visible").count() == 2
     assert page.locator(".filter output").text_content() == "2 of 10 checks"
 
