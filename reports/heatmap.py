@@ -60,6 +60,8 @@ def heatmap(table: Table, result: Result) -> Chart | None:
 def _finding(towers: dict[str, _Places], unit: str) -> str:
     worst, name, (linear, layer) = max((v, n, place) for n, places in towers.items() for place, v in places.items())
     values = sorted(v for places in towers.values() for v in places.values())
+    if values[0] == worst:
+        return f"All {len(values)} values are {readable(worst)} {unit}."
     middle = readable(values[len(values) // 2])
     where = " ".join(part for part in (name, "layer", layer, linear) if part)
     return f"The highest of {len(values)} values is {readable(worst)} {unit}, at {where}; the median is {middle}."
@@ -91,8 +93,8 @@ def _layout(towers: dict[str, _Places], unit: str) -> dict[str, object]:
     sizes = [len(_linears(places)) + 2 for places in towers.values()]  # two for the axis's own text
     colours: dict[str, object] = {"colorbar": {"title": {"text": text(unit), "side": "right"}}}
     values = [value for places in towers.values() for value in places.values()]
-    if max(values) - min(values) < _ALIKE * abs(max(values)):  # else a thousandth would look like all the difference
-        colours |= {"cmin": min(0.0, *values), "cmax": max(0.0, *values)}
+    if max(values) - min(values) <= _ALIKE * abs(max(values)):  # else a thousandth would look like all the difference
+        colours |= {"cmin": min(0.0, *values), "cmax": max(0.0, *values) or 1.0}
     layout: dict[str, object] = {"coloraxis": colours}
     top = 1.0
     for at, (name, size) in enumerate(zip(towers, sizes, strict=True)):

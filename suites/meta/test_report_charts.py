@@ -83,6 +83,15 @@ def test_no_token_is_lost():
     assert only.finding == "text: 4 of 4 tokens have no KL that is a number."
 
 
+def test_nothing_clipped_looks_like_nothing():
+    """Zeros alone are the lightest colour of a scale from 0 on, and the finding says that they are all."""
+    rows = [("language_model", at, "q", 0.0) for at in range(4)]
+    title = "Clipped weights per layer"
+    found = charts(Table(title, ("tower", "layer", "linear", "share"), tuple(rows)))[title]
+    assert found.finding == "All 4 values are 0 share."
+    assert (found.layout["coloraxis"]["cmin"], found.layout["coloraxis"]["cmax"]) == (0, 1)
+
+
 def test_alike_values_look_alike():
     """Values that differ by a thousandth are not stretched over the whole scale of colours."""
     rows = [("language_model", at, "q", 0.999 + at / 1e4) for at in range(10)]
