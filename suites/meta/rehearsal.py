@@ -18,7 +18,7 @@ import yaml
 from fixtures.core.results import Result
 from reports import store
 from suites.meta.example_files import ROOT, night
-from suites.meta.nights import run
+from suites.meta.nights import GPU, run
 
 MACHINE = "/srv/quantproof"  # what the examples call the folder that outlives a job
 _EVEN_IF_FAILED = ("always()", "${{ always() }}")
@@ -54,7 +54,7 @@ class Stage:
         """Have the next night, of that day, come to these results; None when it dies before it has any."""
         self._tonight.unlink(missing_ok=True)
         if results is not None:
-            store.save(run(day, results), self._tonight)
+            store.save(run(day, results, machine=GPU), self._tonight)
 
     def clean(self) -> None:
         """Delete what the last job left in the checkout, as a CI system's checkout does."""
