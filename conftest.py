@@ -4,6 +4,7 @@ pytest_plugins = [
     "pytester",
     "fixtures.gpus",
     "fixtures.options",
+    "fixtures.spreading",
     "fixtures.checkpoints",
     "fixtures.engines_under_test",
     "fixtures.speech_under_test",

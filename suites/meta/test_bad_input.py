@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from fixtures.adapters import ADAPTERS
+from fixtures.adapters.view import HubView
 from fixtures.core.checkpoint import INDEX, Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.recipe import Recipe
 from fixtures.faults.editing import copied, edit_json, edit_shard, edit_tensor
+from fixtures.quantizers import QUANTIZERS, Job, check_recipe, quantize, recipe_for
 from fixtures.quantizers import artifact as artifacts
-from fixtures.quantizers import quantize
 from fixtures.quantizers.__main__ import main
 from fixtures.quantizers.cache import cached_artifact
+from fixtures.subjects import shipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +111,15 @@ def test_bad_choice(case: str) -> None:
     line = one_line(run := suites(*arguments))
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert said in line
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_default_recipe(family: str, quantizer: str) -> None:
+    """What a quantizer does where nobody says otherwise fits the shipped checkpoints, so that no run need check it."""
+    view = HubView(Checkpoint(shipped(f"{family}-tiny")), ADAPTERS[family])
+    check_recipe(Job(view, recipe_for(quantizer, None), ()))
+    assert Job(view, recipe_for(quantizer, None), ()).to_quantize
 
 
 def test_artifact_of_another_reference(good_artifact: Path, damaged: Path) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from fixtures.adapters import ADAPTERS, adapter_for
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.targets import Target
 from fixtures.faults.catalogue import ELSEWHERE, ENTRIES, FAULTS
-from fixtures.options import Selection
+from fixtures.options import Selection, cores_each
 from fixtures.quantizers import calibration, recipe_for
 from fixtures.quantizers.cache import cached_artifact
 from fixtures.quantizers.layers import Progress
@@ -66,7 +65,7 @@ def matrix(request: pytest.FixtureRequest, selection: Selection, progress: Progr
             subjects.append(made(target, selection))
         except pytest.skip.Exception:  # its own test says so
             continue
-    outcomes = run(subjects, selection.limits, min(os.cpu_count() or 1, 8), progress)
+    outcomes = run(subjects, selection.limits, min(cores_each(request.config), 8), progress)
     return lambda target: [outcome for outcome in outcomes if outcome.target == target]
 
 

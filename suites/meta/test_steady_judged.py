@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,14 +37,19 @@ class Once:
         return work()
 
 
-def judged_by(check: Callable[..., None], selection: Selection) -> Measurement:
-    """The one thing that a benchmark judges: its result."""
+def measured_by(check: Callable[..., None], selection: Selection) -> list[Measurement]:
+    """What a benchmark says."""
     verify, once = listener(), Once()
     wanted = check.__code__.co_varnames[: check.__code__.co_argcount]
     given = {"device": "cpu", "benchmark": once, "verify": verify, "limits": selection.limits}
     check(**{name: given[name] for name in wanted})
     assert once.extra_info["bytes"] > 0
-    (judged,) = [m for m in verify.measurements if m.bound is not None]
+    return verify.measurements
+
+
+def judged_by(check: Callable[..., None], selection: Selection) -> Measurement:
+    """The one thing that a benchmark judges: its result."""
+    (judged,) = [m for m in measured_by(check, selection) if m.bound is not None]
     return judged
 
 
@@ -152,3 +158,23 @@ def test_wrong_results_do_not_hold(
     """Each fault makes the result of its benchmark wrong."""
     plant(monkeypatch)
     assert judged_by(check, selection).holds is False
+
+
+def test_timed_without_statistics() -> None:
+    """Where pytest-benchmark is switched off, as under xdist, as many times are taken, after the same warm-up."""
+    calls = []
+
+    def work() -> None:
+        calls.append(1)
+        time.sleep(0.05 if len(calls) <= test_steady.WARM_UP else 0.002)
+
+    assert 0.002 <= test_steady.clocked(work) < 0.05
+    assert len(calls) == test_steady.WARM_UP + test_steady.ROUNDS
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_times_are_noted(check: Callable[..., None], selection: Selection) -> None:
+    """Each benchmark notes its median time, with pytest-benchmark's statistics or without."""
+    noted = {m.quantity: m.value for m in measured_by(check, selection)}
+    assert noted["median time"] > 0
+    assert noted["coded bytes per second"] > 0
