@@ -509,7 +509,9 @@ def heard(
     return {re.sub(r" by the best kernel, of FP16's", ", of FP16's", m.quantity): bool(m.holds) for m in judged}
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: f"{planted[0].__name__}: {' and '.join(planted[2])}")
+@pytest.mark.parametrize(
+    "planted", PLANTED, ids=lambda planted: f"{planted[0].__name__}: {' and '.join(sorted(planted[2]))}"
+)
 def test_fault_fails_what_it_is_for(
     planted: tuple[Callable[..., None], Recorded, set[str]], selection: Selection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
