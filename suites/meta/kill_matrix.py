@@ -239,6 +239,12 @@ def run(subjects: Sequence[Subject], limits: Limits, workers: int, progress: Pro
     outcomes = [judged(subject, -1, subject.artifact, limits) for subject in subjects]
     done = 0
     total = sum(len(faults) for _, faults in jobs)
+    if workers == 1:  # a process for the only worker would but import everything anew
+        for subject, faults in jobs:
+            outcomes += _share(subject, faults, limits)
+            done += len(faults)
+            progress("faults planted", done, total)
+        return outcomes
     # a process per core: threads of their own would only spin beside them
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **one_thread) as pool:  # type: ignore[arg-type]
