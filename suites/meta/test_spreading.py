@@ -40,8 +40,10 @@ class Worker:
         self.shutting_down = True
 
 
-def spread(tests: Sequence[str], workers: int, scheduler: type[Spread] = Spread) -> list[Worker]:
-    """Workers that have run tests of equal length."""
+def spread(
+    tests: Sequence[str], workers: int, scheduler: type[Spread] = Spread, deadly: Sequence[str] = ()
+) -> list[Worker]:
+    """Workers that have run tests of equal length, or died over one and were replaced."""
     option = SimpleNamespace(loadscopereorder=True)
     chosen = SimpleNamespace(targets=tuple(TARGETS), full_size_targets=())
     values = {"tx": ["popen"] * workers, "dist": "load"}
@@ -53,11 +55,18 @@ def spread(tests: Sequence[str], workers: int, scheduler: type[Spread] = Spread)
     for node in nodes:
         schedule.add_node_collection(node, tests)
     schedule.schedule()
-    while any(node.queue for node in nodes):
-        for node in nodes:
-            if node.queue:
-                index = node.queue.pop(0)
-                node.ran.append(tests[index])
+    while any(node.queue for node in nodes) and len(nodes) < len(tests):
+        for node in [node for node in nodes if node.queue]:
+            index = node.queue.pop(0)
+            node.ran.append(tests[index])
+            if tests[index] in deadly:
+                node.queue = []
+                assert schedule.remove_node(node) == tests[index]
+                nodes.append(Worker(f"gw{len(nodes)}"))
+                schedule.add_node(nodes[-1])
+                schedule.add_node_collection(nodes[-1], tests)
+                schedule.schedule()
+            else:
                 schedule.mark_test_complete(node, index)
     return nodes
 
@@ -82,6 +91,23 @@ def test_shared_models_stay_together() -> None:
     for target in map(str, TARGETS):
         assert sum(found.count(target) for found in ran) == 1
     assert [found[:3] for found in ran] == [[str(t) for t in TARGETS[:3]], [str(t) for t in TARGETS[3:]]]
+
+
+@pytest.mark.parametrize("deadly", [[CHECKS[0]], [CHECKS[7], OTHERS[5]], [LONG[2]]], ids=["first", "two", "last"])
+def test_deaths(deadly: list[str]) -> None:
+    """A test that kills its worker is not run again, and all others run once, on the workers that are left or new."""
+    assert sorted(test for node in spread(TESTS, 2, deadly=deadly) for test in node.ran) == sorted(TESTS)
+
+
+def test_a_worker_replaced_wrongly_is_seen() -> None:
+    """What xdist's own scheduler does about a death, planted, runs the deadly test again or loses others."""
+
+    class Unforgiving(Spread):
+        def remove_node(self, node: Any) -> str | None:
+            return super(Spread, self).remove_node(node)
+
+    ran = [test for node in spread(TESTS, 2, Unforgiving, deadly=[CHECKS[0]]) for test in node.ran]
+    assert sorted(ran) != sorted(TESTS)
 
 
 def test_longest_files_go_first() -> None:
