@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,18 @@ class Opening:
 
     def __str__(self) -> str:
         return f"busy for {self.busy:.2f} s, loaded in {self.loaded:.2f} s, painted in {self.painted:.2f} s"
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait until a condition on the page holds, 30 s at most.
+
+    Playwright's own ``wait_for_function`` asks again from within the page, by ``eval``, which the page's policy
+    refuses: it works only where the condition holds at once.
+    """
+    end = time.monotonic() + 30
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"never held: {condition}"
+        page.wait_for_timeout(20)
 
 
 def opening(browser: Any, page: Path, tries: int = 5) -> Opening:

@@ -14,7 +14,7 @@ from reports.nights import trend
 from reports.nights.series import Key, Kind, Mark, Night, Points, Series, Verdict
 from reports.nights.trend_data import packed
 from reports.render import LARGEST
-from suites.meta.browsing import PATIENCE, PHONE, SECOND, WIDE, opening
+from suites.meta.browsing import PATIENCE, PHONE, SECOND, WIDE, opening, until
 from suites.meta.nightly import KIND, kl, names, noisy, series
 from suites.meta.pages import Page
 
@@ -155,7 +155,7 @@ def test_choosing(browse: Show) -> None:
     assert page.locator(".picked tbody tr").first.inner_text().startswith("mean token KL")
     assert page.locator("[data-by=change]").get_attribute("aria-sort") == "descending"
     page.locator(".picked tbody a").first.click()
-    page.wait_for_function("document.querySelector('.plot').dataset.drawn?.includes('mean-token-KL')")
+    until(page, "document.querySelector('.plot').dataset.drawn?.includes('mean-token-KL')")
     assert "+61.3 % from it" in page.locator(".finding").inner_text()
 
 
@@ -195,6 +195,6 @@ def test_nothing_from_outside_runs(browse: Show) -> None:
     drawn(page)
     page.select_option("[name=kind]", index=1)
     page.locator(".picked tbody a").first.click()
-    page.wait_for_function("document.querySelector('.plot').dataset.drawn?.endsWith('on-2')")
+    until(page, "document.querySelector('.plot').dataset.drawn?.endsWith('on-2')")
     assert page.evaluate("document.querySelectorAll('img').length") == 0
     assert "<script>" in page.locator("#chosen").inner_text()

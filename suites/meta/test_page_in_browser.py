@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reports.render import LARGEST, render
-from suites.meta.browsing import PATIENCE, PHONE, SECOND, WIDE, opening
+from suites.meta.browsing import PATIENCE, PHONE, SECOND, WIDE, opening, until
 from suites.meta.page_runs import crowded, evil, illustrated
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install axe-playwright-python")
@@ -107,7 +107,7 @@ def test_rows_come_when_a_table_is_opened_and_sort_whole(show):
     table = page.locator(".data", has=page.locator("summary", has_text="Error per layer")).first
     assert table.locator("tbody tr").count() == 20
     table.locator("summary").click()
-    page.wait_for_function("(rows) => document.querySelector('.data[open] tbody').rows.length === rows", arg=100)
+    until(page, "document.querySelector('.data[open] tbody').rows.length === 100")
     button = table.locator("thead button").last
     button.press("Enter")
     values = [float(cell) for cell in table.locator("tbody td:last-child").all_text_contents()]
@@ -179,10 +179,7 @@ def test_charts_follow_the_scheme(show):
     plot = drawn(page, "chart-qwen2_5_vl-tiny-awq-drift")
     light = plot.locator(".xtick text").first.evaluate("(text) => getComputedStyle(text).fill")
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(
-        """(light) => getComputedStyle(document.querySelector("[id$=awq-drift] .xtick text")).fill !== light""",
-        arg=light,
-    )
+    until(page, f"getComputedStyle(document.querySelector('[id$=awq-drift] .xtick text')).fill !== '{light}'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 27)"
 
 
@@ -227,7 +224,7 @@ def test_pictures_and_sounds(show):
     assert "seven" in sample.locator(".token").text_content()
     sound = page.locator(".voices audio").first
     sound.evaluate("(audio) => { audio.load(); audio.preload = 'auto'; }")
-    page.wait_for_function("document.querySelector('.voices audio').duration > 0.09")
+    until(page, "document.querySelector('.voices audio').duration > 0.09")
     assert page.locator(".voices .wave path").count() == 2
 
 
@@ -264,6 +261,6 @@ def test_a_changed_library_does_not_run(browser, tmp_path):
     said = []
     page.on("console", lambda message: said.append(message.text))
     page.goto((tmp_path / "index.html").as_uri())
-    page.wait_for_function("document.querySelector('.plot').scrollIntoView() || window.Plotly === undefined")
+    until(page, "document.querySelector('.plot').scrollIntoView() || window.Plotly === undefined")
     page.close()
     assert any("Content Security Policy" in line for line in said)
