@@ -431,9 +431,9 @@ def test_awq_repacks(stored, monkeypatch, part):
     pack = awq_gemm.pack
     rows = parts[part].shape[0]
 
-    assert AWQ_GEMM.repacks(artifact, "m.up") is True
+    assert AWQ_GEMM.repacks(artifact, "m.up", Scheme(4, 8)) is True
     monkeypatch.setattr(awq_gemm, "pack", lambda codes: pack(codes) ^ int(len(codes) == rows))
-    assert AWQ_GEMM.repacks(artifact, "m.up") is False
+    assert AWQ_GEMM.repacks(artifact, "m.up", Scheme(4, 8)) is False
 
 
 def test_awq_stores_16_bit_scales(stored):
@@ -615,9 +615,9 @@ def test_repacks_4_bits(stored, monkeypatch):
     """Words that packing does not give back are noticed, in whatever dtype they are stored."""
     parts = four_bits()
     for words in (parts["weight"], parts["weight"].reshape(-1).view(torch.bfloat16)):
-        assert BNB_4BIT.repacks(stored(parts | {"weight": words}), "m.up") is True
+        assert BNB_4BIT.repacks(stored(parts | {"weight": words}), "m.up", CodebookScheme("nf4")) is True
     monkeypatch.setattr(bnb_4bit, "pack", lambda codes: torch.zeros(64, 1, dtype=torch.uint8))
-    assert BNB_4BIT.repacks(stored(parts), "m.up") is False
+    assert BNB_4BIT.repacks(stored(parts), "m.up", CodebookScheme("nf4")) is False
 
 
 def test_tables_of_4_bits(stored):
@@ -674,7 +674,7 @@ def test_8_bits_by_hand(stored):
     assert (loaded.codes.dtype, loaded.zeros.dtype) == (torch.int16, torch.int16)
     assert str(loaded.scheme) == "8-bit per row symmetric"
     assert BNB_8BIT.shape(artifact, "m.up") == (2, 3)
-    assert BNB_8BIT.repacks(artifact, "m.up") is True
+    assert BNB_8BIT.repacks(artifact, "m.up", loaded.scheme) is True
     assert BNB_8BIT.contradiction(artifact, "m.up", loaded.scheme) == ""
 
 
