@@ -10,11 +10,13 @@ from torch import nn
 
 from fixtures.adapters import Adapter
 from fixtures.adapters.base import Decoder
-from fixtures.audit.coverage import LinearState, linear_states
+from fixtures.audit.comparing import TensorChange
+from fixtures.audit.coverage import LinearState, changed_tensors, linear_states
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import LinearError, audit_linears
 from fixtures.audit.search_gain import GroupLoss, replay_error
 from fixtures.audit.search_gain import group_losses as measure_group_losses
+from fixtures.audit.streaming import Stream
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.samples import Sample
 from fixtures.engines.loading import compute_dtype, load_model, load_processor
@@ -27,9 +29,21 @@ GAIN_SAMPLES = 16  # held-out samples per modality for the search's gain
 
 
 @pytest.fixture(scope="session")
-def linear_errors(pair: Pair, progress: Progress) -> list[LinearError]:
+def stream(selection: Selection) -> Stream:
+    """Reads both checkpoints to where they are judged (--device)."""
+    return Stream(selection.device)
+
+
+@pytest.fixture(scope="session")
+def linear_errors(pair: Pair, progress: Progress, stream: Stream) -> list[LinearError]:
     """Every quantized linear of the decoder, held against its reference."""
-    return list(audit_linears(pair, progress))
+    return list(audit_linears(pair, progress, stream))
+
+
+@pytest.fixture(scope="session")
+def tensor_changes(pair: Pair, progress: Progress, stream: Stream) -> list[TensorChange]:
+    """Every other tensor that is not the reference's."""
+    return list(changed_tensors(pair, progress, stream))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 from fixtures.audit import engines_view
-from fixtures.audit.coverage import LinearState, changed_tensors, folded_norms, sizes, tower_shares, unaccounted
+from fixtures.audit.comparing import TensorChange
+from fixtures.audit.coverage import LinearState, folded_norms, sizes, tower_shares, unaccounted
 from fixtures.audit.pair import Pair
 from fixtures.audit.settings import differing_settings
 from fixtures.audit.splitting import widest_split
@@ -61,7 +62,7 @@ def test_every_linear(linears: Sequence[LinearState], pair: Pair, verify: Verify
     )
 
 
-def test_every_tensor(pair: Pair, verify: Verify) -> None:
+def test_every_tensor(pair: Pair, tensor_changes: Sequence[TensorChange], verify: Verify) -> None:
     """Every tensor that is not quantized is the reference's, bit for bit; none is lost, none is added."""
     lost, strange = unaccounted(pair)
     count = len(pair.reference.stored)
@@ -69,7 +70,7 @@ def test_every_tensor(pair: Pair, verify: Verify) -> None:
     verify.none_of("tensors that belong to nothing", strange, among=len(pair.artifact.stored))
     verify.none_of(
         "tensors changed",
-        (f"{t.name}: {t.elements} elements differ, {t.what}" for t in changed_tensors(pair)),
+        (f"{t.name}: {t.elements} elements differ, {t.what}" for t in tensor_changes),
         among=count,
     )
 

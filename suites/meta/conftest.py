@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fixtures.adapters import ADAPTERS
-from fixtures.audit.coverage import linear_states
+from fixtures.audit.coverage import changed_tensors, linear_states
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
 from fixtures.checkpoints import read_scales, read_search
@@ -53,6 +53,7 @@ def audit(tiny_reference: Checkpoint, selection: Selection) -> Callable[..., Ver
         available: dict[str, Callable[[], Any]] = {
             "pair": lambda: pair,
             "linears": lambda: linear_states(pair),
+            "tensor_changes": lambda: list(changed_tensors(pair)),
             "linear_errors": lambda: list(audit_linears(pair)),
             "recorded_scales": lambda: read_scales(artifact),
             "search_record": lambda: read_search(artifact),

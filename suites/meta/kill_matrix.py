@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fixtures.adapters import adapter_for
-from fixtures.audit.coverage import linear_states
+from fixtures.audit.coverage import changed_tensors, linear_states
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
 from fixtures.checkpoints import read_scales, read_search
@@ -100,6 +100,11 @@ class Evidence:
     def linear_errors(self) -> Sequence[Any]:
         """What every quantized linear lost."""
         return list(audit_linears(self.pair))
+
+    @cached_property
+    def tensor_changes(self) -> Sequence[Any]:
+        """What every other tensor lost."""
+        return list(changed_tensors(self.pair))
 
     @cached_property
     def recorded_scales(self) -> Any:

@@ -194,7 +194,7 @@ def test_library_decodes_alike(artifact, functional, shape, dtype, kind, nested)
         theirs = functional.dequantize_4bit(words, functional.QuantState.from_dict(stored, torch.device("cpu")))
         assert torch.equal(loaded.weight.to(dtype), theirs)
         assert BNB_4BIT.flaws(checkpoint, LINEAR) == []
-        assert BNB_4BIT.repacks(checkpoint, LINEAR)
+        assert BNB_4BIT.repacks(checkpoint, LINEAR, scheme)
         assert loaded.rounding(weight.float()).error.max() <= 1.001
 
 

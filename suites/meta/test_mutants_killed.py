@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from fixtures.core import codebook, metrics
 from fixtures.core.checkpoint import Checkpoint
-from fixtures.core.codebook import CodebookQuantized, CodebookScheme
+from fixtures.core.codebook import CodebookQuantized, CodebookScheme, pseudo_quantize_blocks
 from fixtures.core.errors import UserError
 from fixtures.core.pseudo_quantize import NARROWEST_RANGE, Quantized, Scheme, encode, pseudo_quantize_tensor
 from fixtures.core.rounding import side
-from fixtures.formats import AWQ_GEMM, BNB_4BIT, BNB_8BIT, awq_gemm, bnb_4bit, format_of
+from fixtures.formats import AWQ_GEMM, BNB_4BIT, BNB_8BIT, awq_gemm, bnb_4bit, bnb_8bit, format_of
 
 NAN, INF = math.nan, math.inf
 LN3 = math.log(3)
@@ -431,9 +431,45 @@ def test_awq_repacks(stored, monkeypatch, part):
     pack = awq_gemm.pack
     rows = parts[part].shape[0]
 
-    assert AWQ_GEMM.repacks(artifact, "m.up") is True
+    assert AWQ_GEMM.repacks(artifact, "m.up", Scheme(4, 8)) is True
     monkeypatch.setattr(awq_gemm, "pack", lambda codes: pack(codes) ^ int(len(codes) == rows))
-    assert AWQ_GEMM.repacks(artifact, "m.up") is False
+    assert AWQ_GEMM.repacks(artifact, "m.up", Scheme(4, 8)) is False
+
+
+def stored_linears():
+    """One linear of each layout, 24 outputs of 48 inputs: words hold 8 rows, blocks of 64 end with every fourth."""
+    weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))
+    affine = pseudo_quantize_tensor(weight, Scheme(4, 16), scale_dtype=torch.float16)
+    blocks = pseudo_quantize_blocks(weight, CodebookScheme("nf4"))
+    largest = weight.abs().amax(1)
+    codes = (weight / largest[:, None] * 127).round().to(torch.int8)
+    four = bnb_4bit.State("nf4", (24, 48), 64)
+    return {
+        "awq": (awq_gemm.StoredAwq(awq_gemm.encode(affine), affine.scheme), affine, 8),
+        "4 bits": (bnb_4bit.Stored4bit(bnb_4bit.pack(blocks.codes), blocks.absmax, four, blocks.absmax / 8), blocks, 4),
+        "8 bits": (bnb_8bit.StoredInt8(codes, largest, Scheme(8, -1, zero_point=False)), None, 1),
+    }
+
+
+@pytest.mark.parametrize("layout", ["awq", "4 bits", "8 bits"])
+def test_rows_of_a_stored_linear(layout):
+    """Some rows decode to what they are in the whole; no part is torn from its words or blocks."""
+    linear, codes, together = stored_linears()[layout]
+    whole = linear.all_rows
+    if codes is not None:
+        assert torch.equal(whole.weight, codes.weight)
+    assert (linear.shape, linear.together) == ((24, 48), together)
+    assert list(linear.parts(1)) == [(at, at + together) for at in range(0, 24, together)]
+    assert list(linear.parts(48 * 17 - 1)) == [(0, 16), (16, 24)]
+    assert list(linear.parts(48 * 100)) == [(0, 24)]
+    for begin, end in [*linear.parts(1), (8, 24)]:
+        part = linear.rows(begin, end)
+        assert torch.equal(part.weight, whole.weight[begin:end])
+        assert linear.repacks(begin, part) is True
+        if layout == "4 bits":
+            assert torch.equal(part.slack, part.absmax / 8)
+        if layout != "8 bits" and begin:
+            assert linear.repacks(0, part) is False
 
 
 def test_awq_stores_16_bit_scales(stored):
@@ -615,9 +651,9 @@ def test_repacks_4_bits(stored, monkeypatch):
     """Words that packing does not give back are noticed, in whatever dtype they are stored."""
     parts = four_bits()
     for words in (parts["weight"], parts["weight"].reshape(-1).view(torch.bfloat16)):
-        assert BNB_4BIT.repacks(stored(parts | {"weight": words}), "m.up") is True
+        assert BNB_4BIT.repacks(stored(parts | {"weight": words}), "m.up", CodebookScheme("nf4")) is True
     monkeypatch.setattr(bnb_4bit, "pack", lambda codes: torch.zeros(64, 1, dtype=torch.uint8))
-    assert BNB_4BIT.repacks(stored(parts), "m.up") is False
+    assert BNB_4BIT.repacks(stored(parts), "m.up", CodebookScheme("nf4")) is False
 
 
 def test_tables_of_4_bits(stored):
@@ -674,7 +710,7 @@ def test_8_bits_by_hand(stored):
     assert (loaded.codes.dtype, loaded.zeros.dtype) == (torch.int16, torch.int16)
     assert str(loaded.scheme) == "8-bit per row symmetric"
     assert BNB_8BIT.shape(artifact, "m.up") == (2, 3)
-    assert BNB_8BIT.repacks(artifact, "m.up") is True
+    assert BNB_8BIT.repacks(artifact, "m.up", loaded.scheme) is True
     assert BNB_8BIT.contradiction(artifact, "m.up", loaded.scheme) == ""
 
 

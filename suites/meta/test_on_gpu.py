@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,18 @@ import torch
 
 from fixtures.adapters import ADAPTERS
 from fixtures.adapters.view import HubView
+from fixtures.audit.coverage import changed_tensors
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
+from fixtures.audit.streaming import Stream
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
-from fixtures.quantizers import Job, calibration, quantize
+from fixtures.options import Selection
+from fixtures.quantizers import Job, calibration, quantize, recipe_for
 from fixtures.quantizers.activation_aware import quantize_layers
+from fixtures.quantizers.cache import cached_artifact
 
 pytestmark = pytest.mark.gpu
 VL = ADAPTERS["qwen2_5_vl"]
@@ -54,3 +59,16 @@ def test_artifact_holds(tiny_reference: Checkpoint, tmp_path: Path) -> None:
     errors = list(audit_linears(Pair(tiny_reference, Checkpoint(tmp_path / "artifact"))))
     assert len(errors) == 28
     assert max(error.largest_error for error in errors) <= 1.001
+
+
+@pytest.mark.parametrize("kind", ["rtn", "bnb-nf4", "bnb-nf4-dq", "bnb-int8"])
+def test_audit_says_the_same(kind: str, tiny_reference: Checkpoint, selection: Selection) -> None:
+    """Round trip and coverage say on a GPU what they say on a CPU: counts alike, the rest to float32's precision."""
+    artifact = cached_artifact(tiny_reference, recipe_for(kind, None), (), selection.cache)
+    pair = Pair(tiny_reference, Checkpoint(artifact))
+    on_cpu, on_gpu = (list(audit_linears(pair, stream=Stream(device))) for device in ("cpu", "cuda"))
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        wanted, found = asdict(one), asdict(other)
+        assert wanted.pop("place") == found.pop("place")
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert [list(changed_tensors(pair, stream=Stream(device))) for device in ("cpu", "cuda")] == [[], []]

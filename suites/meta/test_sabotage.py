@@ -206,11 +206,13 @@ def test_overflow_in_a_cast_is_caught(tiny_reference: Checkpoint, good_artifact:
     for folder in (reference, damaged):
         edit_tensor(folder, f"{vision(folder)}.weight", lambda weight: set_at(weight, (0, 0), 1e5))
     verify = listener()
-    test_coverage.test_every_tensor(Pair(Checkpoint(reference), Checkpoint(damaged)), verify)
+    pair = Pair(Checkpoint(reference), Checkpoint(damaged))
+    test_coverage.test_every_tensor(pair, list(changed_tensors(pair)), verify)
     assert verify.conclude() == ""
     edit_tensor(damaged, f"{vision(damaged)}.weight", lambda weight: weight.half())
     verify = listener()
-    test_coverage.test_every_tensor(Pair(Checkpoint(reference), Checkpoint(damaged)), verify)
+    pair = Pair(Checkpoint(reference), Checkpoint(damaged))
+    test_coverage.test_every_tensor(pair, list(changed_tensors(pair)), verify)
     assert "1 numbers are beyond its range and became infinite" in verify.conclude()
 
 
