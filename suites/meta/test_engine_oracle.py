@@ -150,7 +150,9 @@ def _stale_layer(patch: pytest.MonkeyPatch) -> None:
 
 
 def _calls_stay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "layer_features", lambda module, calls, names: capture.layer_features(module, [*calls], names))
+    patch.setattr(
+        engine, "layer_features", lambda module, calls, names: capture.layer_features(module, [*calls], names)
+    )
 
 
 def _grams_of_unscaled(patch: pytest.MonkeyPatch) -> None:

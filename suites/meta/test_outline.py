@@ -46,7 +46,8 @@ def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype) -> No
     def compare(found: Iterator[tuple[str, torch.Tensor]], among: dict[str, torch.Tensor]) -> None:
         for name, tensor in found:
             if not tensor.is_meta:
-                assert tensor.dtype == among[name].dtype and torch.equal(tensor, among[name]), name
+                assert tensor.dtype == among[name].dtype, name
+                assert torch.equal(tensor, among[name]), name
                 seen.add(name)
 
     home = outline.home_of(model)

@@ -21,7 +21,7 @@ from fixtures.quantizers.activation_aware.race import Outcome, Rule
 
 VL = ADAPTERS["qwen2_5_vl"]
 WHOLE = Rule(tokens=10**9)
-SMALL = Rule(tokens=512)  # an eighth of the default: the shipped models' calibration has as many tokens fewer
+SMALL = Rule(tokens=512)  # half the default, for a calibration set that is small
 WORST = 1e-3  # of a loss: what a race may cost
 
 
@@ -34,9 +34,8 @@ def search_all(tiny_reference: Checkpoint) -> Callable[[Rule], list[Outcome]]:
     calls = decoder_calls(
         decoder.modules(model)[0], calibration.feeds(VL, model, load_processor(tiny_reference), decoder, samples)
     )
-    layers = []
-    for module in list(decoder.modules(model))[:3]:
-        layers.append((module, layer_features(module, calls, {group.inspected for group in decoder.groups})))
+    inspected = {group.inspected for group in decoder.groups}
+    layers = [(module, layer_features(module, calls, inspected)) for module in list(decoder.modules(model))[:3]]
 
     def search(rule: Rule) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -90,7 +89,10 @@ def test_biased_blocks_are_caught(
     search_all: Callable[[Rule], list[Outcome]], exhaustive: list[Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks in the order of the samples, texts first, cost more than that."""
-    in_order = (lambda panel, block: (torch.arange(len(panel)), 0 if block < len(panel) else len(panel)))
+
+    def in_order(panel: Panel, block: int) -> tuple[Tensor, int]:
+        return torch.arange(len(panel)), 0 if block < len(panel) else len(panel)
+
     monkeypatch.setattr(race, "_order", in_order)
     assert excess(search_all(SMALL), exhaustive) > WORST
 
@@ -140,7 +142,8 @@ def test_what_is_no_number_never_wins() -> None:
     table[0, 7], table[1, 4000] = math.nan, math.inf
     assert run(table).winner == 2
     outcome = run(torch.full((3, 4096), math.nan))
-    assert outcome.winner == 0 and math.isnan(outcome.losses[0])
+    assert outcome.winner == 0
+    assert math.isnan(outcome.losses[0])
 
 
 def test_estimates_are_of_all_units() -> None:
