@@ -165,7 +165,7 @@ def test_gram_loss_is_the_output_error() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(8, 256, generator=generator)
     inputs = torch.randn(50, 256, generator=generator) * torch.linspace(0.1, 5, 256)
-    found = clipping.search(weight, clipping.group_grams(inputs, 128), SCHEME, "w")
+    found = clipping.search(weight, clipping.group_grams(inputs, 128), SCHEME)
     rounded = pseudo_quantize_tensor(weight, SCHEME, limit=found.limit, scale_dtype=torch.float16).weight
     error = (rounded - weight).reshape(8, 2, 128)
     plain = torch.einsum("ogi,tgi->otg", error, inputs.reshape(50, 2, 128)).square().mean(1).sum() / 8
@@ -181,7 +181,7 @@ def test_clip_search_keeps_what_matters() -> None:
     loud, quiet = (torch.randn(200, 128, generator=generator) for _ in range(2))
     loud[:, 5] *= 20
     quiet[:, 5] *= 1e-3
-    kept, cut = (clipping.search(weight, clipping.group_grams(x, 128), SCHEME, "w") for x in (loud, quiet))
+    kept, cut = (clipping.search(weight, clipping.group_grams(x, 128), SCHEME) for x in (loud, quiet))
     assert float(kept.limit.min()) >= 2.0 * (1 - 1 / 20) - 1e-6
     assert float(cut.limit.max()) == pytest.approx(2.0 * (0.5 + 1 / 20), rel=1e-5)
 

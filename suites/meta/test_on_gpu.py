@@ -20,7 +20,7 @@ from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.options import Selection
 from fixtures.quantizers import Job, calibration, quantize, recipe_for
-from fixtures.quantizers.activation_aware import quantize_layers
+from fixtures.quantizers.activation_aware import load_outline, quantize_layers
 from fixtures.quantizers.cache import cached_artifact
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +50,24 @@ def test_search_in_bfloat16(tiny_reference: Checkpoint) -> None:
     """In bfloat16 the search's losses stay within a fifth of float32's."""
     exact, rounded = (searched(tiny_reference, dtype, "cuda") for dtype in (torch.float32, torch.bfloat16))
     assert [loss for _, loss in rounded] == pytest.approx([loss for _, loss in exact], rel=0.2)
+
+
+def test_fetched_layers_are_the_loaded_ones(tiny_reference: Checkpoint) -> None:
+    """Layers copied on a stream of their own while others are searched give the artifact of a model loaded whole."""
+    samples = calibration.built_in(VL, per_modality=8)
+    reference = HubView(tiny_reference, VL)
+    to_quantize = Job(reference, Recipe("awq"), samples, "cuda").to_quantize
+    (decoder,) = VL.decoders(tiny_reference.config)
+    found = []
+    for model in (
+        load_model(tiny_reference, VL, torch.float32, "cuda"),
+        load_outline(reference, torch.float32, "cuda"),
+    ):
+        feeds = calibration.feeds(VL, model, load_processor(tiny_reference), decoder, samples, "cuda")
+        found.append(list(quantize_layers(model, reference, decoder, to_quantize, Scheme(), feeds)))
+    for loaded, fetched in zip(*found, strict=True):
+        for name, quantized in loaded.quantized.items():
+            assert torch.equal(quantized.codes, fetched.quantized[name].codes), name
 
 
 def test_artifact_holds(tiny_reference: Checkpoint, tmp_path: Path) -> None:

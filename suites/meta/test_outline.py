@@ -1,0 +1,156 @@
+"""A reference without its layers, and the layers one by one: the same model, in the memory of one layer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fixtures.adapters import adapter_for
+from fixtures.adapters.view import HubView
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.errors import CheckpointError
+from fixtures.core.pseudo_quantize import Scheme
+from fixtures.core.recipe import Recipe
+from fixtures.engines.loading import load_model, load_processor
+from fixtures.faults.editing import copied
+from fixtures.quantizers import Job, calibration
+from fixtures.quantizers.activation_aware import capture, engine, load_outline, outline, quantize_layers
+from fixtures.subjects import shipped
+
+
+def view_of(folder: Path) -> HubView:
+    """A checkpoint by its hub names."""
+    checkpoint = Checkpoint(folder)
+    return HubView(checkpoint, adapter_for(checkpoint))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
+def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype) -> None:
+    """What an outline loads, buffers and the layers that come one by one are what transformers' own loading gives."""
+    reference = view_of(shipped(f"{family}-tiny"))
+    adapter, config = reference.adapter, reference.checkpoint.config
+    whole = load_model(reference.checkpoint, adapter, dtype)
+    model = load_outline(reference, dtype)
+    decoder = adapter.decoders(config)[0]
+    wanted, buffers = whole.state_dict(), dict(whole.named_buffers())
+    seen = set()
+
+    def compare(found: Iterator[tuple[str, torch.Tensor]], among: dict[str, torch.Tensor]) -> None:
+        for name, tensor in found:
+            if not tensor.is_meta:
+                assert tensor.dtype == among[name].dtype, name
+                assert torch.equal(tensor, among[name]), name
+                seen.add(name)
+
+    home = outline.home_of(model)
+    compare(iter(model.state_dict().items()), wanted)
+    compare(adapter.answering(model).named_buffers(), dict(adapter.answering(whole).named_buffers()))
+    path = next(path for path in decoder.paths if path in dict(model.named_modules()))
+    for layer, module, stored in outline.resident_layers(decoder.modules(model), decoder, reference, home):
+        compare(((f"{path}.{layer.index}.{name}", t) for name, t in module.state_dict().items()), wanted)
+        assert all(torch.equal(tensor, reference.load(layer.prefix + name)) for name, tensor in stored.items())
+    inside = next(name for name, module in whole.named_modules() if module is adapter.answering(whole))
+    missing = {name for name in wanted if name.startswith(inside)} - seen
+    assert {adapter.hub_name(name) for name in missing} <= {f"{adapter.head}.weight"}
+    assert buffers, "no model has rotary embeddings?"
+
+
+def quantizing(model: nn.Module, reference: HubView) -> Iterator[Any]:
+    """The engine at work on an outline of the shipped VL checkpoint."""
+    (decoder,) = reference.adapter.decoders(reference.checkpoint.config)
+    samples = calibration.built_in(reference.adapter, 2)
+    processor = load_processor(reference.checkpoint)
+    feeds = calibration.feeds(reference.adapter, model, processor, decoder, samples)
+    to_quantize = Job(reference, Recipe("awq"), ()).to_quantize
+    return quantize_layers(model, reference, decoder, to_quantize, Scheme(), feeds)
+
+
+def most_in_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """While the shipped VL checkpoint is quantized: the most layers held, fetched or loaded, and sets of features."""
+    reference = view_of(shipped("qwen2_5_vl-tiny"))
+    model = load_outline(reference, torch.float32)
+    fetched: list[weakref.ref[Any]] = []
+    features: list[weakref.ref[Any]] = []
+    most = [0, 0]
+
+    def fetch(*of: Any, real: Callable[..., Any] = outline._fetch) -> Any:
+        found = real(*of)
+        fetched.append(weakref.ref(found["mlp.down_proj.weight"][1].untyped_storage()))
+        return found
+
+    def listen(*of: Any, real: Callable[..., Any] = capture.layer_features) -> Any:
+        found = real(*of)
+        features.append(weakref.ref(found))
+        look()
+        return found
+
+    def look() -> None:
+        weights = [p for n, p in model.named_parameters() if ".layers." in n and n.endswith("down_proj.weight")]
+        most[0] = max(most[0], sum(not weight.is_meta for weight in weights))
+        most[1] = max(most[1], sum(ref() is not None for ref in features))
+
+    monkeypatch.setattr(outline, "_fetch", fetch)
+    monkeypatch.setattr(engine, "layer_features", listen)
+    for at, _ in enumerate(quantizing(model, reference)):
+        look()
+        towers = [name for name, p in model.named_parameters() if not p.is_meta and ".layers." not in name]
+        assert towers == [], f"layer {at}: what feeds the decoder is still there"
+    assert len(fetched) == 4
+    assert all(parameter.is_meta for parameter in model.parameters())
+    return most[0], most[1]
+
+
+def test_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers there are, one of them is loaded, and one layer's activations are held."""
+    assert most_in_memory(monkeypatch) == (1, 1)
+
+
+def test_layers_that_stay_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are not dropped after their turn would be counted."""
+    real = nn.Module.to
+
+    def keep(module: nn.Module, *of: Any) -> Any:
+        return module if of == ("meta",) and hasattr(module, "mlp") else real(module, *of)
+
+    monkeypatch.setattr(nn.Module, "to", keep)
+    with pytest.raises(AssertionError):
+        assert most_in_memory(monkeypatch) == (1, 1)
+
+
+def test_a_run_that_is_given_up_ends(tmp_path: Path) -> None:
+    """Closing the engine after its first layer leaves no thread that reads on."""
+    reference = view_of(shipped("qwen2_5_vl-tiny"))
+    layers = quantizing(load_outline(reference, torch.float32), reference)
+    next(layers)
+    layers.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), "lacks model.layers.1.mlp.up_proj.weight"),
+        (lambda tensors: tensors.update(stray=torch.ones(2)), "does not know stray"),
+        (lambda tensors: tensors.update({"model.layers.1.input_layernorm.weight": torch.ones(3)}), "another shape"),
+    ],
+    ids=["lacking", "stray", "shape"],
+)
+def test_incomplete_references(change: Callable[[dict[str, Any]], Any], said: str, tmp_path: Path) -> None:
+    """A tensor missing, left over or of another shape is named before anything is loaded."""
+    mine = copied(shipped("qwen2_5_vl-tiny"), tmp_path / "mine")
+    tensors: dict[str, Any] = {}
+    for shard in mine.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (mine / "model.safetensors.index.json").unlink()
+    change(tensors)
+    save_file(tensors, mine / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        load_outline(view_of(mine), torch.float32)
