@@ -35,6 +35,7 @@ from fixtures.core.results import Run
 from fixtures.core.stopwatch import phase, phases
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied, edit_tensor
+from fixtures.meters.nvml import Card
 from fixtures.quantizers import calibration, quantize
 from fixtures.quantizers.layers import silent
 from fixtures.subjects import shipped
@@ -323,6 +324,19 @@ def test_run_that_takes_too_long(task: Task, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(measuring, "quantize", endless)
     with pytest.raises(UserError, match="not finished within 1 s: layer, 3 of 36"):
         make(replace(task, timeout=1.0), progress=silent)
+
+
+def test_card_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that a card holds during the work, beyond what was there before, is seen though it is given back."""
+    used = iter([100, 300, 900, *[200] * 1000])
+    monkeypatch.setattr(measuring.nvml, "card", lambda _index: Card("", "", 1000, next(used)))
+    monkeypatch.setattr(measuring, "SAMPLED_EVERY", 0.001)
+    with measuring._card_watched("cuda") as found:
+        time.sleep(0.1)
+    assert found == {"card": 800}
+    with measuring._card_watched("cpu") as found:
+        pass
+    assert found == {}
 
 
 # -- phases ----------------------------------------------------------------------------------------------------
