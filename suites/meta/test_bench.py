@@ -499,6 +499,23 @@ def test_other_runs_are_not_mixed_in(change: str, tmp_path: Path) -> None:
         command.opened(tmp_path, kept)
 
 
+def test_finding_outlives_its_artifacts(
+    here: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where artifacts were left behind nothing is judged anew, and what was found of them stays."""
+    read = Made("rtn", {"search": 1.0}, 1.0, {"memory": 1}, 1, "")
+    monkeypatch.setattr(command, "in_fresh_process", lambda *_: read)
+    asked = ("--only", "rtn", "--runs", "1")
+    assert here(*asked, "--no-judge") == 0
+    file = tmp_path / "bench" / "bench.json"
+    kept = Bench.from_json(json.loads(file.read_text()))
+    kept.judged = Judged((GroupLosses("t", 0, "qkv", {"rtn": 1.0}),), {"rtn": 0.5}, {}, 1, 1)
+    file.write_text(json.dumps(kept.to_json()))
+    assert here(*asked) == 0
+    assert "not judged: the artifact of rtn is not in" in capsys.readouterr().err
+    assert Bench.from_json(json.loads(file.read_text())).judged == kept.judged
+
+
 def test_random_weights_are_said() -> None:
     """Whoever reads a KL of random weights is told that it says little."""
     judged = Judged((), {"awq": 1.0}, {}, 100, 10)
