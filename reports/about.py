@@ -20,6 +20,7 @@ _PACKAGES = (
     "bitsandbytes",
     "autoawq",
     "gptqmodel",
+    "llmcompressor",
     "numpy",
 )
 

@@ -101,7 +101,13 @@ def test_tensors_are_the_hubs(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("qwen2_5_vl-3b", 3.755), ("qwen2_5_vl-7b", 8.292), ("qwen2_5_omni-3b", 5.537), ("qwen2_5_omni-7b", 10.732)],
+    [
+        ("qwen2_5_vl-3b", 3.755),
+        ("qwen2_5_vl-7b", 8.292),
+        ("qwen2_5_vl-72b", 73.411),
+        ("qwen2_5_omni-3b", 5.537),
+        ("qwen2_5_omni-7b", 10.732),
+    ],
 )
 def test_as_many_parameters_as_published(name: str, billions: float) -> None:
     """A full-size subject has the published number of parameters, a tied head counted once."""
@@ -230,6 +236,35 @@ def test_voices_fit_the_vocoder(made: Made) -> None:
         assert voice["cond"].shape == (1, diffusion["enc_emb_dim"])
         assert (voice["ref_mel"].ndim, voice["ref_mel"].shape[-1]) == (3, diffusion["mel_dim"])
         assert voice["bos_token"] == config["talker_config"]["tts_text_start_token_id"]
+
+
+def test_fewer_layers_of_the_published_width() -> None:
+    """A model cut to some layers has those layers as published, and everything beside them."""
+    whole_shapes = full_size.tensor_shapes(published.published_config("qwen2_5_vl-72b"))
+    shapes = full_size.tensor_shapes(published.published_config(published.cut("qwen2_5_vl-72b", 2)))
+    kept = {name for name in whole_shapes if ".layers." not in name or name.split(".")[2] in {"0", "1"}}
+    assert shapes == {name: whole_shapes[name] for name in kept}
+    layer = [shape for name, shape in shapes.items() if name.startswith("model.layers.1.")]
+    assert sum(torch.Size(shape).numel() for shape in layer) / 1e9 == pytest.approx(0.878, abs=0.001)
+
+
+@pytest.mark.usefixtures("small")
+def test_cut_subject_is_made_and_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--layers`` makes a checkpoint of its own name, which loads and is known to be random; too many are refused."""
+    asked = ["qwen2_5_vl-72b", "--layers", "1", "--cache", str(tmp_path)]
+    assert full_size.main([*asked, "--device", "cpu"]) == 0
+    folder = tmp_path / "subjects" / "qwen2_5_vl-72b-1-layers"
+    assert capsys.readouterr().out.strip() == str(folder)
+    made = Checkpoint(folder)
+    adapter = adapter_named(made.model_type)
+    assert adapter.decoders(made.config)[0].layer_count == 1
+    load_model(made, adapter, torch.float32)  # nothing missing, nothing left over
+    assert full_size.is_random(folder)
+    assert not full_size.is_random(shipped("qwen2_5_vl-tiny"))
+    assert full_size.main(["qwen2_5_vl-72b", "--layers", "3", "--cache", str(tmp_path), "--device", "cpu"]) == 2
+    assert "--layers 3: qwen2_5_vl-72b has 1 to 2" in capsys.readouterr().err
+    assert full_size.main([*asked, "--drop"]) == 0
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl-3b", "qwen2_5_vl-7b"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BACKENDS = {"vllm", "awq", "bitsandbytes", "gptqmodel"}
+BACKENDS = {"vllm", "awq", "bitsandbytes", "gptqmodel", "llmcompressor", "compressed_tensors"}
 MODULES = sorted(
     file
     for folder in ("fixtures", "reports", "suites")
