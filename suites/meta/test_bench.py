@@ -546,6 +546,14 @@ def test_extrapolation() -> None:
     assert table(list(found.values()), 80).rows[0][:2] == ("awq", "seconds")
 
 
+def test_noise_is_not_extrapolated() -> None:
+    """Where more layers took less time, no number is told of many: it would be negative, or a matter of luck."""
+    found = {line.quantity: line for line in extrapolated([deep(2, 20.0), deep(4, 14.0)], 80)}
+    assert math.isnan(found["seconds"].at.mean)
+    assert "noise, run again" in str(found["seconds"])
+    assert found["load"].at.mean == 1
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
