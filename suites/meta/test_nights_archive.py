@@ -112,9 +112,9 @@ def test_real_runs(history: History, source: Path) -> None:
     stored = history.store(source)
     (night,) = history.nights()
     assert history.archive.path(stored.name).read_bytes() == source.read_bytes()
-    gpu = json.loads(source.read_text())["run"]["machine"]["gpu"]
-    assert dict(night.kind.machine)["gpu"] == gpu
-    assert gpu.startswith("NVIDIA H200")
+    machine = json.loads(source.read_text())["run"]["machine"]
+    assert "H200" in machine.get("gpu", "") or source.stem.endswith("-on-a-cpu")
+    assert dict(night.kind.machine).get("gpu") == machine.get("gpu")
     assert sum(night.outcomes.values()) == len(stored.run.results)
     found = {s.key: s.values[-1] for s in history.series(night.kind)}
     expected = {key: value.value for key, value in values(stored.run).items()}
