@@ -71,12 +71,14 @@ def render(run: Run) -> str:
     context = _context(run)
     wanted = min(sum(len(m.data) * 4 // 3 for r in run.results for m in r.media), _FOR_MEDIA)
     page = ""
-    for budget in _BUDGETS:
-        page = _page(context, budget, frozenset())
-        room = LARGEST - len(page.encode(errors="replace"))
-        if room >= wanted:
-            kept = with_room(run.results, room)
-            return _page(context, budget, kept) if kept else page
+    # With room for pictures and sounds; where even the shortest tables leave too little, they go before charts do.
+    for least, budgets in ((wanted, [b for b in _BUDGETS if b.charts]), (0, _BUDGETS)):
+        for budget in budgets:
+            page = _page(context, budget, frozenset())
+            room = LARGEST - len(page.encode(errors="replace"))
+            if room >= least:
+                kept = with_room(run.results, room)
+                return _page(context, budget, kept) if kept else page
     return page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from reports.rows import LaterRows
 from reports.samples import voices, worst_tokens
 from reports.sentences import called, telling, warnings
 from reports.verdict import verdicts
-from suites.meta.page_runs import about, layered, tables, wav
+from suites.meta.page_runs import about, illustrated, layered, tables, wav
 
 DIGEST = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
 
@@ -280,3 +281,15 @@ def test_a_cell_names_what_says_most():
     assert named(near) == "x"
     assert named(near, Measurement("z", 0.4, "", Bound("at_most", 0.9))) == "z"  # a count just on its bound says least
     assert named(Measurement("free", 1.0)) == ""
+
+
+def test_charts_outlast_pictures(monkeypatch):
+    """Where a page has no room for both, its pictures and sounds go, not its charts."""
+    few = illustrated()
+    bare = replace(few, results=tuple(replace(result, media=()) for result in few.results))
+    large = [[replace(medium, data=medium.data + bytes(100_000)) for medium in result.media] for result in few.results]
+    run = replace(few, results=tuple(replace(r, media=tuple(m)) for r, m in zip(few.results, large, strict=True)))
+    monkeypatch.setattr("reports.render.LARGEST", len(render(bare).encode()) + 20_000)
+    page = render(run)
+    assert page.count('class="plot"') == render(bare).count('class="plot"') > 0
+    assert "data:image/png" not in page
