@@ -29,6 +29,7 @@ from fixtures.bench.telling import COLUMNS, Bench, lines, run_of
 from fixtures.bench.telling import table as side_by_side
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
+from fixtures.core.peak import peak_memory
 from fixtures.core.pseudo_quantize import Scheme, pseudo_quantize_tensor
 from fixtures.core.recipe import Recipe
 from fixtures.core.results import Run
@@ -431,7 +432,7 @@ def test_fresh_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     asked = ["--reference", str(REFERENCE), "--tokens", "2x32", "--only", "rtn", "--runs", "1", "--no-judge"]
     assert command.main([*asked, "--out", str(out)]) == 0
     (made,) = Bench.from_json(json.loads((out / "bench.json").read_text())).made
-    assert made.peaks["memory"] < measuring.peak_memory() - ballast.nbytes / 2
+    assert made.peaks["memory"] < peak_memory() - ballast.nbytes / 2
     assert "not judged" in capsys.readouterr().out
 
 
