@@ -82,6 +82,8 @@ def test_artifact_holds(tiny_reference: Checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["rtn", "bnb-nf4", "bnb-nf4-dq", "bnb-int8"])
 def test_audit_says_the_same(kind: str, tiny_reference: Checkpoint, selection: Selection) -> None:
     """Round trip and coverage say on a GPU what they say on a CPU: counts alike, the rest to float32's precision."""
+    if kind != "rtn":
+        pytest.importorskip("bitsandbytes", reason='bitsandbytes is absent: pip install "quantproof[bnb]"')
     artifact = cached_artifact(tiny_reference, recipe_for(kind, None), (), selection.cache)
     pair = Pair(tiny_reference, Checkpoint(artifact))
     on_cpu, on_gpu = (list(audit_linears(pair, stream=Stream(device))) for device in ("cpu", "cuda"))

@@ -21,7 +21,7 @@ from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied
 from fixtures.quantizers import Job, calibration
-from fixtures.quantizers.activation_aware import capture, engine, load_outline, outline, quantize_layers
+from fixtures.quantizers.activation_aware import capture, engine, load_outline, load_whole, outline, quantize_layers
 from fixtures.subjects import shipped
 
 
@@ -61,6 +61,27 @@ def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype) -> No
     missing = {name for name in wanted if name.startswith(inside)} - seen
     assert {adapter.hub_name(name) for name in missing} <= {f"{adapter.head}.weight"}
     assert buffers, "no model has rotary embeddings?"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
+def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype) -> None:
+    """A model that a thread reads is what transformers' own loading gives: tensors, buffers, settings and voices."""
+    reference = view_of(shipped(f"{family}-tiny"))
+    wanted, found = load_model(reference.checkpoint, reference.adapter, dtype), load_whole(reference, dtype)()
+    for one, other in (
+        (dict(wanted.named_parameters()), dict(found.named_parameters())),
+        (dict(wanted.named_buffers()), dict(found.named_buffers())),
+        (wanted.state_dict(), found.state_dict()),  # tied heads, too
+    ):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == other[name].dtype, name
+            if not name.startswith("token2wav."):  # filters computed in 16 bits; nobody hears it
+                assert torch.equal(tensor, other[name]), name
+    assert found.generation_config.to_dict() == wanted.generation_config.to_dict()
+    assert getattr(found, "speaker_map", {}).keys() == getattr(wanted, "speaker_map", {}).keys()
+    assert not found.training
 
 
 def quantizing(model: nn.Module, reference: HubView) -> Iterator[Any]:
