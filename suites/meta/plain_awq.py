@@ -54,17 +54,26 @@ def quantize_layers(
             name: tensor.to(reference.info(layer.prefix + name).torch_dtype)
             for name, tensor in module.state_dict().items()
         }
-        found = {
+        ranked = {
             group: search_scales(module, group, tensors[f"{group.previous}.weight"], heard, scheme)
             for group in layer.groups
             if names.issuperset(group.rewritten)
         }
+        found = {group: best for group, (best, *_) in ranked.items()}
+        usual = {name for name in names if not name.endswith(reference.adapter.never_clipped)}
+        clipped: dict[ScalingGroup, list[str]] = {}
+        for group, (best, *others) in ranked.items():
+            finalists = [best] if usual.issuperset(group.linears) else [best, *others[:1]]
+            variants = [{**found, group: finalist} for finalist in finalists]
+            at, clipped[group] = settle(module, group, tensors, variants, heard, usual, scheme)
+            found[group] = finalists[at]
         folded = fold(tensors, {group: scales for group, (scales, _) in found.items()})
         divided = {name: scales for group, (scales, _) in found.items() for name in group.linears}
         quantized, clips = {}, {}
         for name in sorted(names):
             weight, limit = folded[f"{name}.weight"].float(), None
-            if not name.endswith(reference.adapter.never_clipped):
+            kept = [name in clipped[group] for group in found if name in group.linears] or [name in usual]
+            if kept[0]:
                 inputs = heard.linears[name].float()
                 inputs = inputs / divided[name] if name in divided else inputs
                 limit, clips[name] = search_clips(weight, inputs, scheme)
@@ -113,8 +122,8 @@ def listen(layer: nn.Module, calls: Sequence[Call], inspected: Sequence[str]) ->
 
 def search_scales(
     layer: nn.Module, group: ScalingGroup, norm: Tensor, heard: Heard, scheme: Scheme
-) -> tuple[Tensor, dict[str, Any]]:
-    """The best scales of a group, and the record of how they were found."""
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Scales for a group that lose no more than none, the best first, and the record of how each was found."""
     inspected, calls = layer.get_submodule(group.inspected), heard.calls[group.inspected]
     weights = {name: layer.get_parameter(f"{name}.weight") for name in group.linears}
     originals = {name: weight.data for name, weight in weights.items()}
@@ -132,9 +141,59 @@ def search_scales(
         losses.append(float(torch.stack(errors).double().sum()) / sum(output.numel() for output in wanted))
     for name, weight in weights.items():
         weight.data = originals[name]
-    best = min(range(len(tried)), key=losses.__getitem__)
-    exponent = None if best == 0 else EXPONENTS[best - 1]
-    return tried[best], {"exponent": exponent, "loss": losses[best], "loss rtn": losses[0], "losses": losses}
+    ranking = [at for at in sorted(range(len(tried)), key=losses.__getitem__) if losses[at] <= losses[0]]
+    return [
+        (
+            tried[at],
+            {
+                "exponent": EXPONENTS[at - 1] if at else None,
+                "loss": losses[at],
+                "loss rtn": losses[0],
+                "losses": losses,
+            },
+        )
+        for at in ranking
+    ]
+
+
+def settle(
+    layer: nn.Module,
+    group: ScalingGroup,
+    tensors: Mapping[str, Tensor],
+    variants: Sequence[Mapping[ScalingGroup, tuple[Tensor, Any]]],
+    heard: Heard,
+    usual: set[str],
+    scheme: Scheme,
+) -> tuple[int, list[str]]:
+    """Which of several scalings of a layer, and which linears of a group clipped, err least on every token."""
+    inspected, calls = layer.get_submodule(group.inspected), heard.calls[group.inspected]
+    weights = {name: layer.get_parameter(f"{name}.weight") for name in group.linears}
+    originals = {name: weight.data for name, weight in weights.items()}
+    wanted = [call.run(inspected).float() for call in calls]
+    own = [name for name in group.linears if name in usual]
+    turns = [[name for name in group.linears if (name in own) != (name == turned)] for turned in group.linears]
+    sets = [own, [*group.linears], [], *turns]
+    losses: dict[tuple[int, int], float] = {}
+    for at, variant in enumerate(variants):
+        folded = fold(tensors, {other: scales for other, (scales, _) in variant.items()})
+        inputs = heard.linears[group.linears[0]].float() / variant[group][0]
+        limits = {name: search_clips(folded[f"{name}.weight"], inputs, scheme)[0] for name in group.linears}
+        for number, clipped in enumerate(sets):
+            for name, weight in weights.items():
+                limit = limits[name] if name in clipped else None
+                rounded = pseudo_quantize_tensor(
+                    folded[f"{name}.weight"], scheme, limit=limit, scale_dtype=torch.float16, layer=name
+                ).weight
+                rounded = rounded / variant[group][0]
+                for other, (scales, _) in variant.items():
+                    rounded = rounded * scales[:, None] if other.previous == name else rounded
+                weight.data = rounded.to(originals[name].dtype)
+            errors = [(call.run(inspected).float() - w).square().sum() for call, w in zip(calls, wanted, strict=True)]
+            losses[at, number] = float(torch.stack(errors).double().sum())
+    for name, weight in weights.items():
+        weight.data = originals[name]
+    at, number = min(losses, key=losses.__getitem__)  # of equals the first
+    return at, sets[number]
 
 
 def proposals(inputs: Tensor, weights: Sequence[Tensor], scheme: Scheme) -> Iterator[Tensor]:

@@ -98,6 +98,18 @@ def test_search_never_loses_to_rtn(quantized: list[Any], model: nn.Module) -> No
     assert min(group["loss"] / group["loss rtn"] for group in found) < 0.5, "the outliers were not found"
 
 
+def test_settling_never_loses_to_what_awq_writes(quantized: list[Any]) -> None:
+    """In every group what is written errs no more than the best scales with AWQ's clipping; in attention far less."""
+    found = {
+        (layer.record["layer"], name): group["loss"] / group["loss usual"]
+        for layer in quantized
+        for name, group in layer.record["settling"].items()
+    }
+    assert len(found) == 3 * 4
+    assert max(found.values()) <= 1
+    assert min(ratio for (_, name), ratio in found.items() if name == "qkv") < 0.9
+
+
 def test_recorded_loss_is_the_real_one(
     quantized: list[Any], model: nn.Module, batches: list[dict[str, torch.Tensor]]
 ) -> None:

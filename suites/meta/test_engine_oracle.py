@@ -26,6 +26,7 @@ from fixtures.quantizers.activation_aware import (
     outline,
     quantize_layers,
     scaling,
+    settling,
 )
 from fixtures.quantizers.activation_aware.rounding import rounded
 from fixtures.quantizers.layers import QuantizedLayer
@@ -185,6 +186,44 @@ def _limits_too_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(clipping, "rounded", lambda weight, scheme, _limit: rounded(weight, scheme))
 
 
+def _not_settled(patch: pytest.MonkeyPatch) -> None:
+    def first(*of: Any, real: Any = settling.race) -> Any:
+        outcome = real(*of)
+        return replace(outcome, winner=0)
+
+    patch.setattr(settling, "race", first)
+
+
+def _settled_for_the_worst(patch: pytest.MonkeyPatch) -> None:
+    def worst(*of: Any, real: Any = settling.race) -> Any:
+        outcome = real(*of)
+        return replace(outcome, winner=max(range(len(outcome.losses)), key=outcome.losses.__getitem__))
+
+    patch.setattr(settling, "race", worst)
+
+
+scaling_of = scaling.Scaling
+
+
+def _one_finalist(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(scaling, "Scaling", lambda *of: scaling_of(*of[:5]))
+
+
+def _runner_up_s_ranges_of_the_first(patch: pytest.MonkeyPatch) -> None:
+    def settle(layer: Any, group: Any, panel: Any, finalists: Any, *of: Any, real: Any = settling.settle) -> Any:
+        stale = [replace(finalist, clips=finalists[0].clips) for finalist in finalists]
+        return real(layer, group, panel, stale, *of)
+
+    patch.setattr(settling, "settle", settle)
+
+
+def _previous_group_s_rows_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def of(group: Any, tensors: Any, scales: Any, *others: Any, real: Any = settling.Finalist.of) -> Any:
+        return real(group, tensors, {group: scales[group]}, *others)
+
+    patch.setattr(settling.Finalist, "of", of)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -197,6 +236,11 @@ def _limits_too_late(patch: pytest.MonkeyPatch) -> None:
         _rows_overwritten,
         _scales_in_32_bits,
         _limits_too_late,
+        _not_settled,
+        _settled_for_the_worst,
+        _one_finalist,
+        _runner_up_s_ranges_of_the_first,
+        _previous_group_s_rows_forgotten,
     ],
     ids=lambda plant: plant.__name__.strip("_"),
 )
