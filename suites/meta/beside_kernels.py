@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixtures.core.pseudo_quantize import Scheme
+from fixtures.core.pseudo_quantize import Scheme, pseudo_quantize_tensor
 from fixtures.quantizers.activation_aware import clipping
-from fixtures.quantizers.activation_aware.rounding import rounded
 from fixtures.quantizers.layers import Progress, silent
 
 OUT, IN = 70, 256  # rows that fill no whole program, and two groups or more
@@ -46,6 +45,11 @@ def _half_the_columns(fused: Any) -> None:
     fused.squares = lambda answer, wanted: real(answer[..., ::2], wanted[..., ::2])
 
 
+def _limits_forgotten(fused: Any) -> None:
+    real = fused.rounded
+    fused.rounded = lambda weight, scheme, limit=None: real(weight, scheme)
+
+
 def _no_cut(fused: Any) -> None:
     real = fused.ranges
     fused.ranges = lambda weight, grams, scheme, kept: real(weight, grams, scheme, kept[:1])
@@ -58,7 +62,7 @@ def _nan_hidden(fused: Any) -> None:
 
 FAULTS: dict[str, Callable[[Any], None]] = {
     fault.__name__.strip("_"): fault
-    for fault in (_no_shift, _wider_codes, _no_narrowest, _half_the_columns, _no_cut, _nan_hidden)
+    for fault in (_no_shift, _wider_codes, _no_narrowest, _half_the_columns, _limits_forgotten, _no_cut, _nan_hidden)
 }
 
 
@@ -76,9 +80,12 @@ def beside(
     scales = torch.rand(IN, generator=generator) * 3 + 0.01
     inputs = torch.randn(512, IN, generator=generator) * torch.rand(IN, generator=generator)
     weight, scales, inputs = weight.to(device), scales.to(device), inputs.to(device)
-    # what ``rounding.candidate`` computes where no kernel runs
-    plain = rounded(weight * scales, scheme).div_(scales).to(dtype)
+    plain = (plain_rounding(weight * scales, scheme) / scales).to(dtype)
     differing = int((fused.candidate(weight, scales, scheme) != plain).sum())
+    full = weight.float()
+    limit = full.view(OUT, -1, scheme.group_size).abs().amax(-1) * 0.7
+    for cut in (None, limit):
+        differing += int((fused.rounded(full, scheme, cut) != plain_rounding(full, scheme, cut)).sum())
 
     broken = weight[:8].clone()
     broken[0, 3], broken[1, 200], broken[2, 9] = float("nan"), float("inf"), -float("inf")
@@ -103,13 +110,18 @@ def beside(
     )
 
 
+def plain_rounding(weight: Tensor, scheme: Scheme, limit: Tensor | None = None) -> Tensor:
+    """What the quantizer itself makes of a weight."""
+    return pseudo_quantize_tensor(weight, scheme, limit=limit, scale_dtype=torch.float16).weight
+
+
 def plain_ranges(weight: Tensor, grams: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The clip search of a weight, range by range over all rows."""
     grouped = weight.reshape(len(weight), len(grams), -1)
     largest = grouped.abs().amax(-1)
     losses = []
     for kept in clipping.KEPT:
-        error = (rounded(weight, scheme, largest * kept).view(grouped.shape) - grouped).double()
+        error = (plain_rounding(weight, scheme, largest * kept).view(grouped.shape) - grouped).double()
         losses.append(torch.einsum("rgi,gij,rgj->rg", error, grams.double(), error))
     best = torch.stack(losses).min(0)
     limit = largest * torch.tensor(clipping.KEPT, device=weight.device)[best.indices]
