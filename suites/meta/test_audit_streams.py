@@ -349,6 +349,43 @@ def test_memory_is_that_of_a_linear(faulty: bool, deep: dict[int, tuple[Path, Pa
     assert (growth[1] - growth[0] < 4 * linear) is not faulty, growth
 
 
+# What a GPU is asked now and heard later
+
+
+@pytest.mark.parametrize("behind", [0, 2, 100])
+def test_results_settle_in_order(behind: int, tiny_reference: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results come in the jobs' order, each heard only when so many later ones were asked for, or no more are left."""
+    monkeypatch.setitem(streaming.BEHIND, "cpu", behind)
+    asked: list[str] = []
+    names = list(tiny_reference.tensors)
+
+    def later() -> Iterator[Job[Callable[[], tuple[str, int]]]]:
+        for name in names:
+
+            def make(_: Sequence[Tensor], name: str = name) -> Callable[[], tuple[str, int]]:
+                asked.append(name)
+                return lambda: (name, len(asked))
+
+            yield Job([Need(tiny_reference, name)], make)
+
+    settled = list(Stream().settled(later()))
+    assert settled == [(name, min(i + 1 + behind, len(names))) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_asked_is_compared(dtype: torch.dtype) -> None:
+    """Whether bits differ at all is asked first, and what is heard is what is compared at once: one bit, -0, NaN."""
+    before = (torch.arange(12) - 3).to(dtype)
+    others = [before.clone(), before.clone(), before.clone()]
+    others[1][7] += 1
+    if dtype.is_floating_point:
+        before[5], others[0][5], others[1][5], others[2][5] = (math.nan,) * 4
+        others[2][3] = -0.0
+    found = [comparing.asked(before, after)() for after in others]
+    assert found == [comparing.differing(before, after) for after in others]
+    assert [elements for elements, _, _ in found] == [0, 1, int(dtype.is_floating_point)]
+
+
 # The command
 
 
@@ -357,8 +394,9 @@ def test_bench(tiny_reference: Checkpoint, good_artifact: Path, capsys: pytest.C
     ask: Sequence[str] = ["bench", "--reference", str(tiny_reference.path), "--artifact", str(good_artifact)]
     assert command.main([*ask, "--rounds", "2", "--cold"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3
-    assert all("28 linears, 0 other tensors changed" in line for line in printed[:2])
-    assert printed[2].startswith("peak memory: ")
+    assert len(printed) == 5
+    assert all("28 linears, 0 other tensors changed" in line for line in printed[:4:2])
+    assert all(line.startswith("  of the audit's seconds ") for line in printed[1:4:2])
+    assert printed[4].startswith("peak memory: ")
     assert command.main([*ask, "--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: --rounds 0: at least one\n"

@@ -11,6 +11,7 @@ import torch
 
 from fixtures.adapters import ADAPTERS
 from fixtures.adapters.view import HubView
+from fixtures.audit import fused, fused_check
 from fixtures.audit.coverage import changed_tensors
 from fixtures.audit.pair import Pair
 from fixtures.audit.roundtrip import audit_linears
@@ -125,3 +126,23 @@ def test_audit_says_the_same(kind: str, tiny_reference: Checkpoint, selection: S
         assert wanted.pop("place") == found.pop("place")
         assert found == pytest.approx(wanted, rel=1e-5)
     assert [list(changed_tensors(pair, stream=Stream(device))) for device in ("cpu", "cuda")] == [[], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", fused.SIZES)
+def test_audit_kernels_are_the_definition(size: int, dtype: torch.dtype) -> None:
+    """The audit's kernels, compiled, say what the definition says on a CPU, and are trusted for it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert fused_check.disagreement(device, size, size, dtype) == ""
+    assert fused.works(device)
+
+
+def test_audit_of_folded_scales_says_the_same(tiny_reference: Checkpoint, good_artifact: Path) -> None:
+    """Of an artifact with folded scales, extremes and counts are the CPU's bit for bit."""
+    pair = Pair(tiny_reference, Checkpoint(good_artifact))
+    for one, other in zip(audit_linears(pair), audit_linears(pair, stream=Stream("cuda")), strict=True):
+        wanted, found = asdict(one), asdict(other)
+        assert [found.pop(sum_) for sum_ in ("frobenius", "frobenius_expected")] == pytest.approx(
+            [wanted.pop(sum_) for sum_ in ("frobenius", "frobenius_expected")], rel=1e-6
+        )
+        assert found == wanted
