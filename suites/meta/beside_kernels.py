@@ -110,6 +110,15 @@ def beside(
     )
 
 
+def ready_beside(default: torch.dtype, *, progress: Progress = silent) -> bool:
+    """Make the kernels ready while torch's default dtype is another, as it is while a model is built."""
+    from fixtures.quantizers.activation_aware import fused
+
+    torch.set_default_dtype(default)
+    fused.prepare("cpu", torch.bfloat16, Scheme())
+    return True
+
+
 def plain_rounding(weight: Tensor, scheme: Scheme, limit: Tensor | None = None) -> Tensor:
     """What the quantizer itself makes of a weight."""
     return pseudo_quantize_tensor(weight, scheme, limit=limit, scale_dtype=torch.float16).weight

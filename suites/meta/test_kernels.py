@@ -8,7 +8,7 @@ import torch
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.fresh import in_fresh_process
 from fixtures.quantizers.layers import silent
-from suites.meta.beside_kernels import FAULTS, OUT, Found, beside
+from suites.meta.beside_kernels import FAULTS, OUT, Found, beside, ready_beside
 
 SCHEMES = [Scheme(4, 128), Scheme(4, 64), Scheme(3, 32), Scheme(8, 128, zero_point=False)]
 
@@ -40,6 +40,11 @@ def test_a_wrong_kernel_is_seen(fault: str) -> None:
     """A kernel with a fault planted in it is told from its definition."""
     found = in_fresh_process(silent, beside, Scheme(), torch.float16, "cpu", fault)
     assert not holds(found), found
+
+
+def test_kernels_are_made_ready_beside_a_model() -> None:
+    """Building a model changes torch's default dtype: kernels that a thread compiles meanwhile are float32's still."""
+    assert in_fresh_process(silent, ready_beside, torch.bfloat16)
 
 
 @pytest.mark.gpu
