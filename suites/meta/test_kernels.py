@@ -53,5 +53,5 @@ def test_kernels_are_made_ready_beside_a_model() -> None:
 def test_kernels_on_a_gpu(scheme: Scheme, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same compiled, where ranges that err alike to 6 digits may be told apart otherwise."""
     monkeypatch.delenv("TRITON_INTERPRET")
-    found = in_fresh_process(silent, beside, scheme, dtype, "cuda")
+    found = beside(scheme, dtype, "cuda")  # here: nothing is interpreted
     assert holds(found, ties=OUT // 10), found
