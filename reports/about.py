@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,17 @@ def _memory() -> str:
 
 
 def _gpus() -> dict[str, Any]:
-    """GPU names and driver. No GPU, no driver and no NVML are all ordinary: then nothing."""
+    """Names of the GPUs that CUDA_VISIBLE_DEVICES leaves, and their driver.
+
+    No GPU, no driver and no NVML are all ordinary: then nothing.
+    """
     try:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
     except Exception:  # an absent module, library or driver each raise their own
         return {}
     try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        handles = [_handle(nvml, name) for name in _visible(nvml.nvmlDeviceGetCount())]
         names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in handles]
         driver = _text(nvml.nvmlSystemGetDriverVersion())
         memory = [f"{nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30:.1f} GiB" for handle in handles]
@@ -103,3 +107,16 @@ def _gpus() -> dict[str, Any]:
 def _text(value: str | bytes) -> str:
     """Old releases of pynvml answer in bytes."""
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _visible(count: int) -> list[str]:
+    """The visible GPUs by number or UUID; an empty variable hides all, a number that there is not hides what follows."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(index) for index in range(count)]
+    names = [name.strip() for name in given.split(",")]
+    return list(takewhile(lambda name: name and not (name.isdecimal() and int(name) >= count) and name != "-1", names))
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
