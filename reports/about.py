@@ -110,7 +110,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _visible(count: int) -> list[str]:
-    """The visible GPUs by number or UUID; an empty variable hides all, a number that there is not hides what follows."""
+    """The visible GPUs by number or UUID; an empty variable hides all, a number that there is not all that follow."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return [str(index) for index in range(count)]
