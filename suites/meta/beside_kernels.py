@@ -99,7 +99,9 @@ def beside(
     answer = torch.randn(3, 5, 700, generator=generator).to(device, dtype)
     near = answer + torch.randn(3, 5, 700, generator=generator).to(device, dtype) / 8
     distance = (answer.double() - near.double()).square().sum(-1)
-    squares = (fused.squares(answer, near) / distance - 1).abs()
+    twice = torch.stack([answer, near * 2])  # two candidates' answers to the same
+    distance = torch.stack([distance, near.double().square().sum(-1)])
+    squares = (fused.squares(twice, near) / distance - 1).abs()
     return Found(
         differing,
         lost,

@@ -108,10 +108,10 @@ class Given(Tokens):
         """The same columns of the table."""
         return Given(self.table[:, units], self.inputs[units, 0])
 
-    def attempt(self, candidate: int, part: Panel) -> Tensor:
+    def attempt(self, candidates: Sequence[int], part: Panel) -> Tensor:
         """Nothing to compute."""
         assert isinstance(part, Given)
-        return part.table[candidate]
+        return part.table[list(candidates)]
 
 
 def run(table: Tensor, size: Tensor | None = None, rule: Rule | None = None) -> Outcome:

@@ -140,5 +140,10 @@ def test_the_cap_ends_a_tie(most: int | None) -> None:
     panel = Tokens(torch.randn(4000, 4, generator=torch.Generator().manual_seed(2)), torch.zeros(4000, 1))
     rule = replace(Rule(tokens=300, deviations=50), most=most)
     noise: Callable[[int], torch.Generator] = lambda seed: torch.Generator().manual_seed(seed)  # noqa: E731
-    outcome = race(panel, lambda which, part: torch.rand(len(part), generator=noise(which)) + 1, 2, rule)
+    outcome = race(
+        panel,
+        lambda those, part: torch.stack([torch.rand(len(part), generator=noise(which)) + 1 for which in those]),
+        2,
+        rule,
+    )
     assert outcome.judged == (1 if most is None else 600 / 4000)
