@@ -240,7 +240,9 @@ def test_interrupt(tiny_reference: Checkpoint, tmp_path: Path) -> None:
             time.sleep(0.02)  # until it has begun to write
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # A shell says 130 of both: Python ends itself by the signal if that came while some import ran a string of code
+    # (every dataclass does), however well it was handled.
+    assert process.returncode in (130, -signal.SIGINT)
     assert "interrupted; nothing was written" in error
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
