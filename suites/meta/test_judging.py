@@ -41,12 +41,12 @@ def test_parts_are_of_the_whole(name: str, judged: dict[str, tuple[nn.Module, Pa
     """Every unit's error is the same in any part, be its rows cut out of a batch or joined with another's."""
     module, panel = judged[name]
     assert isinstance(panel, Samples if name == "self_attn" else Tokens)
-    whole, sizes = panel.errors(module), panel.sizes()
+    whole, sizes = panel.errors(module)[0], panel.sizes()
     assert len(whole) == len(sizes) == len(panel)
     for step in (1, 2, 3, 7):
         units = torch.arange(0, len(panel), step)
         part = panel.part(units)
-        torch.testing.assert_close(part.errors(module), whole[units], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(part.errors(module)[0], whole[units], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(part.sizes(), sizes[units])
     assert panel.part(torch.arange(len(panel))).answers == panel.answers
 
@@ -71,10 +71,10 @@ def test_positions_of_another_row_are_seen(
     for call in panel.calls:  # text alone has the same positions in every row
         cos, _ = call.others["position_embeddings"]
         cos.mul_(1 + 0.1 * torch.arange(len(cos))[:, None, None])
-    whole = panel.errors(module)[units]
-    torch.testing.assert_close(panel.part(units).errors(module), whole, rtol=1e-4, atol=1e-7)
+    whole = panel.errors(module)[0, units]
+    torch.testing.assert_close(panel.part(units).errors(module)[0], whole, rtol=1e-4, atol=1e-7)
     monkeypatch.setattr(Call, "rows", lambda call, chosen: Call(call.hidden[chosen], _first_rows(call, len(chosen))))
-    assert not torch.allclose(panel.part(units).errors(module), whole, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(panel.part(units).errors(module)[0], whole, rtol=1e-4, atol=1e-7)
 
 
 def _first_rows(call: Call, count: int) -> dict[str, object]:
