@@ -201,17 +201,17 @@ def test_untrusted_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
     assert not trusted(CPU)
     monkeypatch.setattr(fused, "find_spec", lambda name: name)
-    monkeypatch.setattr(fused_check, "disagreement", lambda device: "clipped weights: 2.0, by the definition 1.0")
+    monkeypatch.setattr(fused_check, "disagreement", lambda device, **_: "clipped weights: 2.0, by the definition 1.0")
     with pytest.warns(UserWarning, match="goes without its kernels, slower: clipped weights"):
         assert not trusted(CPU)
 
-    def broken(device: torch.device) -> str:
+    def broken(device: torch.device, **_: object) -> str:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(fused_check, "disagreement", broken)
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert not trusted(CPU)
-    monkeypatch.setattr(fused_check, "disagreement", lambda device: "")
+    monkeypatch.setattr(fused_check, "disagreement", lambda device, **_: "")
     assert trusted(CPU)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.fresh import in_fresh_process
+from fixtures.quantizers import activation_aware
+from fixtures.quantizers.activation_aware import rounding
 from fixtures.quantizers.layers import silent
 from suites.meta.beside_kernels import FAULTS, OUT, Found, beside, ready_beside
 
@@ -45,6 +50,23 @@ def test_a_wrong_kernel_is_seen(fault: str) -> None:
 def test_kernels_are_made_ready_beside_a_model() -> None:
     """Building a model changes torch's default dtype: kernels that a thread compiles meanwhile are float32's still."""
     assert in_fresh_process(silent, ready_beside, torch.bfloat16)
+
+
+def test_without_kernels_where_they_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels cannot be made ready, plain operations run, and one warning says why."""
+    fused = ModuleType("fused")
+
+    def prepare(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    fused.prepare = prepare  # type: ignore[attr-defined]
+    monkeypatch.setattr(activation_aware, "fused", fused, raising=False)
+    monkeypatch.setitem(sys.modules, "fixtures.quantizers.activation_aware.fused", fused)
+    monkeypatch.setattr(rounding, "_UNUSABLE", [])
+    monkeypatch.setattr(rounding, "fusible", lambda *_: not rounding._UNUSABLE)
+    with pytest.warns(UserWarning, match="quantizing without kernels, slower: RuntimeError: Failed to find C compiler"):
+        rounding.prepare("cpu", torch.bfloat16, Scheme())()
+    assert rounding._UNUSABLE
 
 
 @pytest.mark.gpu

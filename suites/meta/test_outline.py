@@ -20,7 +20,7 @@ from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied
-from fixtures.quantizers import Job, calibration
+from fixtures.quantizers import Job, _arrived, calibration
 from fixtures.quantizers.activation_aware import capture, engine, load_outline, load_whole, outline, quantize_layers
 from fixtures.subjects import shipped
 
@@ -82,6 +82,17 @@ def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype) -> None:
     assert found.generation_config.to_dict() == wanted.generation_config.to_dict()
     assert getattr(found, "speaker_map", {}).keys() == getattr(wanted, "speaker_map", {}).keys()
     assert not found.training
+
+
+def test_no_room_beside_the_search() -> None:
+    """A model for which there was no room beside another's search is read once that search is done."""
+
+    def full() -> None:
+        raise torch.OutOfMemoryError
+
+    assert _arrived(full, lambda: lambda: "late") == "late"
+    assert _arrived(lambda: "early", lambda: lambda: "late") == "early"
+    assert _arrived(None, lambda: lambda: "late") == "late"
 
 
 def quantizing(model: nn.Module, reference: HubView) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fixtures.adapters import ADAPTERS
 from fixtures.adapters.base import ScalingGroup
 from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.errors import UserError
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.quantizers import calibration, quantize
@@ -152,3 +153,14 @@ def test_same_artifact_from_shared_forwards(
         written.append({file.name: file.read_bytes() for file in out.glob("*.safetensors")})
     assert written[0]
     assert written[0] == written[1]
+
+
+def test_losses_that_are_no_numbers(
+    tiny_reference: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no candidate's loss is a number, nothing is written: what came out would be rounding called AWQ."""
+    monkeypatch.setattr(trying, "errors", lambda *of: torch.full((len(of[3]), len(of[4])), float("nan")))
+    samples = calibration.built_in(VL, per_modality=1)
+    with pytest.raises(UserError, match="layers.0.*: no scales tried have a loss that is a number"):
+        quantize(tiny_reference, Recipe("awq"), samples, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
