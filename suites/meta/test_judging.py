@@ -91,6 +91,7 @@ def test_batch_dimensions(shape: tuple[int, ...], dimension: int | None) -> None
     assert capture._batch_dimension(shape, 4, 9) == dimension
     batch = 3  # as many as there are axes
     assert capture._batch_dimension((3, 3, 9, 64), batch, 9) == 1
+    assert capture._batch_dimension((3, 3, 3, 64), batch, 3) == 1  # and as many tokens
 
 
 def test_what_does_not_go_together_stays_apart() -> None:

@@ -161,6 +161,6 @@ def test_losses_that_are_no_numbers(
     """Where no candidate's loss is a number, nothing is written: what came out would be rounding called AWQ."""
     monkeypatch.setattr(trying, "errors", lambda *of: torch.full((len(of[3]), len(of[4])), float("nan")))
     samples = calibration.built_in(VL, per_modality=1)
-    with pytest.raises(UserError, match="layers.0.*: no scales tried have a loss that is a number"):
+    with pytest.raises(UserError, match=r"layers\.0\..*: no scales tried have a loss that is a number"):
         quantize(tiny_reference, Recipe("awq"), samples, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
