@@ -178,7 +178,7 @@ def test_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from fixtures.audit import fused_kernels
 
     monkeypatch.setattr(fused, "DEVICES", {"cpu"})
-    monkeypatch.setattr(fused, "works", lambda device: True)
+    monkeypatch.setattr(fused, "works", lambda *_: True)
     for name in ("judge", "allowed"):
         monkeypatch.setattr(fused_kernels, name, Unlaunched())
     weight = torch.randn(256, 256)
