@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import CheckpointError
 from fixtures.core.samples import Sample
 from fixtures.core.speech import Speech, Speeches
-from fixtures.engines.speech import SpeechEngine, talker_feeds
+from fixtures.engines.speech import (
+    HEARD,
+    LONGEST_SPEECH,
+    LONGEST_TEXT,
+    Reply,
+    SpeechEngine,
+    talker_feeds,
+    talker_replies,
+)
 from fixtures.faults.editing import copied, edit_json
 from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
@@ -25,6 +33,8 @@ from fixtures.verifying import Verify
 OMNI = ADAPTERS["qwen2_5_omni"]
 SAMPLES = [draw(modality, "evaluation", 1)[0] for modality in OMNI.modalities]
 TEXT = SAMPLES[0]
+TEXTS = draw("text", "evaluation", 4)  # of one length, as are these:
+PICTURES = draw("image", "evaluation", 3)  # in other grids, with replies of other lengths
 every_modality = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.modality)
 
 
@@ -64,7 +74,7 @@ def mask_delivered(talker: nn.Module) -> Iterator[None]:
     def deliver(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         seen = kwargs["past_key_values"].get_seq_length()
-        return args, kwargs | {"attention_mask": torch.ones(1, seen + new.shape[1], dtype=torch.long)}
+        return args, kwargs | {"attention_mask": torch.ones(len(new), seen + new.shape[1], dtype=torch.long)}
 
     hook = talker.register_forward_pre_hook(deliver, with_kwargs=True)
     try:
@@ -117,7 +127,7 @@ def test_recorded_is_what_generate_does(engine: SpeechEngine, said: dict[str, Sp
     try:
         with listening(model.talker.codec_head) as logits, torch.random.fork_rng():
             sequences, wave = model.generate(
-                **engine._inputs(sample),
+                **engine._inputs([sample]),
                 thinker_max_new_tokens=len(free.text),
                 talker_max_new_tokens=len(free.codes) + 1,
                 talker_eos_token_id=engine.ends,
@@ -140,7 +150,7 @@ def test_the_voice_is_that_of_generate(engine: SpeechEngine, said: dict[str, Spe
     with torch.random.fork_rng(), listening(model.token2wav) as waves:
         torch.manual_seed(0)
         _, wave = model.generate(
-            **engine._inputs(TEXT),
+            **engine._inputs([TEXT]),
             thinker_max_new_tokens=len(free.text),
             talker_max_new_tokens=len(free.codes) + free.ended,
             talker_eos_token_id=engine.ends,
@@ -240,6 +250,61 @@ def test_talker_feeds_are_what_it_reads(engine: SpeechEngine, sample: Sample, ma
     step_by_step = torch.cat([step.last_hidden_state for step in steps], dim=1)
     assert len(steps) > 2
     torch.testing.assert_close(together.last_hidden_state, step_by_step, rtol=1e-4, atol=1e-4)
+
+
+def alike(one: Sequence[Reply], other: Sequence[Reply]) -> None:
+    """Assert that two lists of replies are the same but for what another order of adding moves."""
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.prompt == b.prompt
+        torch.testing.assert_close(a.embeddings, b.embeddings, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.positions, b.positions, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["as installed", "with its mask"])
+def test_replies_begun_together(engine: SpeechEngine, masked: bool) -> None:
+    """Samples that are spoken to together are replied to as each by itself, however early one of them ends."""
+    longest = LONGEST_TEXT, LONGEST_SPEECH
+    with mask_delivered(engine.model.talker) if masked else nullcontext():
+        apart = [reply for sample in PICTURES for reply in engine.listen([sample], longest)]
+        alike(engine.listen(PICTURES, longest), apart)
+    assert len({reply.embeddings.shape[1] for reply in apart}) > 1
+    at = [None if reply.positions is None else reply.positions[..., : reply.prompt].tolist() for reply in apart]
+    assert at == [None] * 3 or at[0] != at[2]
+
+
+def test_mute_among_others(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample to which the thinker says nothing is left out of those that are spoken to together, as by itself."""
+    first = [engine.take(sample, longest=(2, 2)).text[0] for sample in TEXTS]
+    mute = [token == first[0] for token in first]
+    assert 0 < sum(mute) < len(TEXTS)
+    monkeypatch.setattr(engine.model.thinker.generation_config, "eos_token_id", [first[0]])
+    monkeypatch.setattr(engine, "turn_ends", [first[0]])
+    apart = [engine.listen([sample], HEARD) for sample in TEXTS]
+    assert [not replies for replies in apart] == mute
+    alike(engine.listen(TEXTS, HEARD), [reply for replies in apart for reply in replies])
+
+
+def test_all_mute(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the thinker says nothing to any of several samples, no reply comes, and nothing crashes."""
+    monkeypatch.setattr(engine.model.thinker.generation_config, "eos_token_id", list(range(1000)))
+    assert engine.listen(TEXTS, HEARD) == []
+
+
+def test_versions_that_speak_to_one(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers refuses to speak to several, each is spoken to by itself."""
+    together = list(talker_replies(engine, TEXTS))
+    own, refused = engine.model.generate, []
+
+    def generate(**kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) > 1:
+            refused.append(len(kwargs["input_ids"]))
+            raise NotImplementedError("no batched inference with audio output")
+        return own(**kwargs)
+
+    monkeypatch.setattr(engine.model, "generate", generate)
+    alike(list(talker_replies(engine, TEXTS)), together)
+    assert refused == [len(TEXTS)]
 
 
 def test_feeds_need_speech(engine: SpeechEngine) -> None:
