@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from fixtures.core.measurement import readable
@@ -17,21 +17,23 @@ _Lines = dict[tuple[str, str], dict[float, float]]  # (kernel, regime) -> quanti
 
 
 def ledger(results: Sequence[Result]) -> Chart | None:
-    """What each tower of each checkpoint weighs, stacked."""
-    towers: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    """What each tower weighs in each checkpoint, the largest first, by the kind of its bytes."""
+    kinds: defaultdict[str, dict[tuple[str, str], float]] = defaultdict(dict)  # -> (tower, checkpoint) -> GB
     sources = []
     for result, row in records(results, "Memory by tower", "checkpoint", "tower", "kind", "GB"):
         size = number(row["GB"])
         if size:
-            part = ", ".join(filter(None, (str(row["tower"]), str(row["kind"] or ""))))
-            towers[part][_checkpoint(row["checkpoint"])] = size
+            kinds[str(row["kind"] or "all")][str(row["tower"]), _checkpoint(row["checkpoint"])] = size
             sources.append(result)
-    if not towers:
+    if not kinds:
         return None
-    totals: defaultdict[str, float] = defaultdict(float)
-    for sizes in towers.values():
-        for checkpoint, size in sizes.items():
-            totals[checkpoint] += size
+    towers: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for sizes in kinds.values():
+        for (tower, checkpoint), size in sizes.items():
+            towers[tower] += size  # type: ignore[assignment]
+            totals[checkpoint] += size  # type: ignore[assignment]
+    rows = [(tower, checkpoint) for tower, _ in towers.most_common() for checkpoint in totals]
     return Chart(
         name="memory-by-tower",
         title="Memory by tower, in GB",
@@ -39,21 +41,22 @@ def ledger(results: Sequence[Result]) -> Chart | None:
         traces=[
             bar(
                 at,
-                part,
-                [sizes.get(name, 0) for name in totals],
-                [text(name) for name in totals],
+                kind,
+                [sizes.get(row, 0) for row in rows],
+                [[text(tower) for tower, _ in rows], [text(checkpoint) for _, checkpoint in rows]],
                 orientation="h",
-                hovertemplate="%{fullData.name}: %{x:.4~g} GB<extra></extra>",
+                hovertemplate="%{y}, %{fullData.name}: %{x:.4~g} GB<extra></extra>",
             )
-            for at, (part, sizes) in enumerate(towers.items())
+            for at, (kind, sizes) in enumerate(sorted(kinds.items(), key=lambda kind: -sum(kind[1].values())))
         ],
         layout={
             "barmode": "stack",
+            "legend": {"traceorder": "normal"},
             "xaxis": {"title": {"text": "GB"}},
-            "yaxis": {"type": "category", "autorange": "reversed", "automargin": True},
+            "yaxis": {"type": "multicategory", "autorange": "reversed", "automargin": True, "showdividers": False},
         },
         sources=distinct(sources),
-        height=9 + 4 * len(totals) + len(towers),
+        height=9 + 2 * len(rows),
     )
 
 

@@ -127,6 +127,7 @@ def _context(run: Run) -> dict[str, Any]:
         "run": run,
         "headline": verdict.headline(run),
         "targets": targets,
+        "alone": len(run.results) == 1,  # what else would be read
         "open_charts": len(targets) <= _OPEN,
         "figures": embedded(plain({name: chart.figure for target in targets for name, chart in target.charts})),
         "suites": verdict.suites(of_targets),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -449,3 +450,12 @@ def test_power_of_the_checks_is_shown() -> None:
     assert "<td class=xfailed>1/3" in page
     assert "The suite&#39;s own tests: 2 ok" in page
     assert "What the checks catch" not in render(Run({}, (result(),)))
+
+
+def test_a_run_of_one_check_is_open():
+    """What a run of one check found is there to be read; of several, only what failed is open."""
+    table = Table("Side by side", ("quantizer", "seconds"), (("awq", 4.7), ("autoawq", 29.3)))
+    one = result("passed", FLOOR, tables=(table,))
+    assert len(re.findall(r"<details class=.?(?:check|data)[^>]* open", render(Run({}, (one,))))) == 2
+    other = result("passed", GOOD, id="suites/test_parity.py::test_other[qwen2_5_vl-tiny-awq]")
+    assert not re.findall(r"<details class=.?(?:check|data)[^>]* open", render(Run({}, (one, other))))

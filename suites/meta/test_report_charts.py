@@ -293,3 +293,16 @@ def test_charts_outlast_pictures(monkeypatch):
     page = render(run)
     assert page.count('class="plot"') == render(bare).count('class="plot"') > 0
     assert "data:image/png" not in page
+
+
+def test_memory_by_tower_adds_up():
+    """A bar per tower and checkpoint, the largest tower first, of one colour per kind of bytes; all is there."""
+    found = charts(tables()["Memory by tower"])["memory-by-tower"]
+    rows = list(zip(*found.traces[0]["y"], strict=True))
+    assert rows == [
+        ("language_model", "language_model-fp16"),
+        ("language_model", "language_model-awq"),
+        ("visual", "language_model-fp16"),
+        ("visual", "language_model-awq"),
+    ]
+    assert {trace["name"]: trace["x"] for trace in found.traces} == {"16 bits": [6, 0, 1, 1], "codes": [0, 1.5, 0, 0]}
