@@ -11,6 +11,7 @@ from typing import Any
 from fixtures.core.measurement import Bound, Measurement
 from fixtures.core.results import Result, Run
 from reports import store
+from reports.nights.history import History
 from reports.nights.judging import Finding, Judgement
 from reports.nights.series import Key, Series
 
@@ -52,6 +53,18 @@ def written(path: Path, given: Run | None = None) -> Path:
     """A results.json of it."""
     store.save(given or run(), path)
     return path
+
+
+def kept(history: History, *runs: Run) -> list[str]:
+    """The names under which runs are stored."""
+    source = history.folder.with_name("results.json")
+    return [history.store(written(source, each)).name for each in runs]
+
+
+def one(series: list[Series], key: Key) -> list[tuple[str, float]]:
+    """The points of one quantity."""
+    (found,) = [each for each in series if each.key == key]
+    return [(point.night, point.value) for point in found.points]
 
 
 def subjects(reference: str = "r", artifact: str = "a", target: str = "f-tiny-awq") -> Mapping[str, Any]:

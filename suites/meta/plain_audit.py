@@ -5,7 +5,8 @@ The oracle of the audit that streams. It reads the artifact by safetensors alone
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch import Tensor
 from fixtures.adapters.base import DecoderLayer
 from fixtures.audit.folding import ROUNDING, norm_scales
 from fixtures.audit.pair import Pair
+from fixtures.audit.roundtrip import LinearError
 from fixtures.core.codebook import CodebookQuantized, code_book
 from fixtures.core.pseudo_quantize import Quantized
 from fixtures.core.rounding import CLIPPED, QuantizedWeight
 
+SUMS = ("frobenius", "frobenius_expected")  # of float64 numbers, added in another order
 NARROWEST_RANGE = 1e-5
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -35,6 +38,15 @@ class Plain:
     narrowest_scale: float
     recoded: int
     broken_scales: int
+
+
+def assert_same(found: LinearError, wanted: Plain) -> None:
+    """Counts and extremes equal bit for bit, sums to a thousand times float64's precision; NaN equals NaN."""
+    for quantity, expected in asdict(wanted).items():
+        value = getattr(found, quantity)
+        close = math.isclose(value, expected, rel_tol=1e-12) if quantity in SUMS else value == expected
+        both_nan = value != value and expected != expected
+        assert close or both_nan, f"{found.name}: {quantity} is {value!r}, by the definition {expected!r}"
 
 
 def plain_audit(pair: Pair) -> dict[str, Plain]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,10 @@ from torch import Tensor
 from fixtures.audit import __main__ as command
 from fixtures.audit import comparing, folding, roundtrip, streaming
 from fixtures.audit.pair import Pair
-from fixtures.audit.roundtrip import OUTSIDE, LinearError, Place, audit_linears, error_of
+from fixtures.audit.roundtrip import LinearError, audit_linears
 from fixtures.audit.streaming import Job, Stream
-from fixtures.core import screening
 from fixtures.core.checkpoint import Checkpoint, Need
-from fixtures.core.codebook import CodebookScheme, pseudo_quantize_blocks
 from fixtures.core.errors import CheckpointError
-from fixtures.core.pseudo_quantize import Quantized, Scheme, pseudo_quantize_tensor
-from fixtures.core.rounding import QuantizedWeight
-from fixtures.core.screening import screened_losses
 from fixtures.faults import awq_codes, bnb, tensors
 from fixtures.faults.editing import copied, edit_tensor
 from fixtures.fresh import in_fresh_process
@@ -33,9 +27,8 @@ from fixtures.options import Selection
 from fixtures.quantizers import quantize, recipe_for
 from fixtures.quantizers.cache import cached_artifact
 from fixtures.quantizers.layers import Progress, silent
-from suites.meta.plain_audit import plain_audit, plain_error
+from suites.meta.plain_audit import assert_same, plain_audit
 
-SUMS = ("frobenius", "frobenius_expected")  # of float64 numbers, added in another order
 KINDS = ("rtn", *(("bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-int8") if find_spec("bitsandbytes") else ()))
 FAULTS = (
     awq_codes.wrong_nibble_order,
@@ -57,15 +50,6 @@ BNB_FAULTS = (
     pytest.param("bnb-int8", bnb.lowest_code, id="lowest code"),
     pytest.param("bnb-int8", bnb.row_scale_is(0.0), id="row scale 0"),
 )
-
-
-def assert_same(found: LinearError, wanted: Any) -> None:
-    """Counts and extremes equal bit for bit, sums to a thousand times float64's precision; NaN equals NaN."""
-    for quantity, expected in asdict(wanted).items():
-        value = getattr(found, quantity)
-        close = math.isclose(value, expected, rel_tol=1e-12) if quantity in SUMS else value == expected
-        both_nan = value != value and expected != expected
-        assert close or both_nan, f"{found.name}: {quantity} is {value!r}, by the definition {expected!r}"
 
 
 def assert_same_audit(pair: Pair) -> None:
@@ -117,93 +101,6 @@ def test_faults_of_tables_as_by_definition(
     damaged = copied(good, tmp_path / "damaged")
     fault(damaged)
     assert_same_audit(Pair(tiny_reference, Checkpoint(damaged)))
-
-
-# Any weights
-
-
-def drawn(kind: str, rows: int = 24, columns: int = 256) -> Tensor:
-    """Weights that one branch or another is for."""
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
-    match kind:
-        case "one sign":
-            return weight.abs() + 1
-        case "zeros":
-            return weight * (torch.arange(rows)[:, None] % 3 > 0)
-        case "coarse":
-            return (weight * 4).round() / 4  # many ties
-        case "tiny":
-            return weight * 1e-7
-    return weight
-
-
-def changed(codes: QuantizedWeight, how: str) -> QuantizedWeight:
-    """Some codes other than the nearest."""
-    if how == "good":
-        return codes
-    moved = codes.codes.clone()  # type: ignore[attr-defined]
-    moved[3, 5:9] = 15 - moved[3, 5:9] if how == "moved" else 0
-    return replace(codes, codes=moved)  # type: ignore[type-var]
-
-
-@pytest.mark.parametrize("how", ["good", "moved", "zeroed"])
-@pytest.mark.parametrize("kind", ["normal", "one sign", "zeros", "coarse", "tiny"])
-@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(2, 64), Scheme(3, -1), "clipped", "nf4", "fp4"], ids=str)
-def test_screen_equals_definition(scheme: Any, kind: str, how: str) -> None:
-    """Whatever the weights, scheme and codes, what the screen leaves out changes no number."""
-    weight = drawn(kind)
-    codes: QuantizedWeight
-    if scheme in ("nf4", "fp4"):
-        codes = pseudo_quantize_blocks(weight, CodebookScheme(scheme))
-    elif scheme == "clipped":
-        limit = weight.reshape(24, -1, 128).abs().amax(-1) * 0.8
-        codes = pseudo_quantize_tensor(weight, Scheme(), limit=limit, scale_dtype=torch.float16)
-    else:
-        codes = pseudo_quantize_tensor(weight, scheme, scale_dtype=torch.float16)
-    codes = changed(codes, how)
-    total = screened_losses(codes, weight)
-    assert_same(error_of(Place("w", "", OUTSIDE, "w"), weight.numel(), total), plain_error(codes, weight))
-
-
-def test_short_last_block_equals_definition() -> None:
-    """A last block that is shorter than the others is judged, too."""
-    weight = drawn("normal", 5, 77)
-    codes = pseudo_quantize_blocks(weight, CodebookScheme("nf4"))
-    codes = replace(codes, codes=codes.codes.clone().index_fill_(0, torch.tensor([4]), 3))
-    total = screened_losses(codes, weight)
-    assert_same(error_of(Place("w", "", OUTSIDE, "w"), weight.numel(), total), plain_error(codes, weight))
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_broken_weights_do_not_pass(number: float) -> None:
-    """A reference's NaN or infinity is no weight that anything is near."""
-    weight = drawn("normal")
-    codes = pseudo_quantize_tensor(weight, Scheme(), scale_dtype=torch.float16)
-    weight[2, 7] = number
-    error = error_of(Place("w", "", OUTSIDE, "w"), weight.numel(), screened_losses(codes, weight))
-    assert not error.frobenius <= 1
-
-
-def test_blind_screen_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A screen that clears every group does not say what the definition says: the comparison can fail."""
-    monkeypatch.setattr(screening, "_worst_of", lambda *_: (torch.zeros(()), torch.zeros(())))
-    with pytest.raises(AssertionError, match="by the definition"):
-        test_screen_equals_definition(Scheme(4, 128), "normal", "moved")
-
-
-def test_screen_spares_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a sound weight few groups are looked at element by element: that is all the speed."""
-    asked = []
-    rounding = Quantized.rounding
-
-    def counting(self: Quantized, wanted: Tensor) -> Any:
-        asked.append(wanted.numel())
-        return rounding(self, wanted)
-
-    monkeypatch.setattr(Quantized, "rounding", counting)
-    weight = drawn("normal", 512, 1024)
-    screened_losses(pseudo_quantize_tensor(weight, Scheme(), scale_dtype=torch.float16), weight)
-    assert 0 < sum(asked) < weight.numel() / 20
 
 
 def test_torn_packing_is_caught(

@@ -1,4 +1,4 @@
-"""bitsandbytes through transformers: artifacts come through whole, and what goes wrong in the wild is seen.
+"""bitsandbytes through transformers: artifacts come through whole, and what cannot be done is refused.
 
 Bytes are judged by our own decoders. Whether those read bytes as bitsandbytes does: test_bnb_formats.
 """
@@ -8,32 +8,27 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fixtures.adapters import ADAPTERS
 from fixtures.adapters.view import HubView
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import CheckpointError, UserError
 from fixtures.core.recipe import Recipe
-from fixtures.core.rounding import Rounding
 from fixtures.engines.loading import load_model, quiet_transformers
 from fixtures.faults import bnb as faults
-from fixtures.faults import linears
 from fixtures.faults.editing import copied, edit_tensor
 from fixtures.formats import format_of
 from fixtures.quantizers import bits_and_bytes
 from fixtures.quantizers.artifact import side_files
 from fixtures.quantizers.bits_and_bytes import KINDS
-from fixtures.verifying import Verify
+from suites.meta.bnb_audit import LINEAR, OMNI, VL, audit, differing, made_once, skip_list
 
-VL, OMNI = ADAPTERS["qwen2_5_vl"], ADAPTERS["qwen2_5_omni"]
-SHARD_BYTES = 500_000  # several shards
 pytestmark = pytest.mark.skipif(
     bits_and_bytes.find_spec("bitsandbytes") is None,
     reason='bitsandbytes is not installed: pip install "quantproof[bnb]"',
@@ -43,74 +38,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def artifacts(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """An artifact of the shipped reference by kind, made once; never to be changed, only copied."""
-    folder = tmp_path_factory.mktemp("bnb")
-
-    def made(kind: str) -> Path:
-        if not (folder / kind).exists():
-            skip = skip_list(tiny_reference)
-            bits_and_bytes.write(tiny_reference, VL, Recipe(kind), folder / kind, skip=skip, shard_bytes=SHARD_BYTES)
-        return folder / kind
-
-    return made
-
-
-def skip_list(reference: Checkpoint) -> tuple[str, ...]:
-    """What is not converted where the decoder is quantized."""
-    return VL.skip_list(reference.config, VL.quantizable(reference.config))
-
-
-@dataclass
-class Audit:
-    """What our decoders say of an artifact: the worst of its linears in every respect."""
-
-    contradictions: list[str] = field(default_factory=list)
-    flaws: list[str] = field(default_factory=list)
-    largest_error: float = 0.0
-    end_error: float = 0.0
-    coarsest: float = 0.0
-    finest: float = math.inf
-    frobenius: float = 0.0  # over what theory expects
-    recoded: int = 0
-    broken_scales: int = 0
-    clipped: int = 0
-    misshapen: list[str] = field(default_factory=list)
-    quantized: set[str] = field(default_factory=set)
-
-    def add(self, rounding: Rounding, squared_error: float) -> None:
-        """Take one linear; NaN is worse than any number."""
-        self.largest_error = worse(self.largest_error, rounding.error.amax())
-        self.end_error = worse(self.end_error, rounding.end_error.amax())
-        self.coarsest = worse(self.coarsest, rounding.scale_ratio.amax())
-        self.finest = -worse(-self.finest, (-rounding.scale_ratio).amax())
-        self.frobenius = worse(self.frobenius, math.sqrt(squared_error / float(rounding.expected)))
-        self.recoded += rounding.recoded
-        self.broken_scales += rounding.broken_scales
-        self.clipped += int(rounding.clipped.sum())
-
-
-def worse(known: float, found: float | torch.Tensor) -> float:
-    """The larger, NaN before all others."""
-    return float(torch.tensor([known, float(found)]).amax())
-
-
-def audit(reference: Checkpoint, folder: Path) -> Audit:
-    """Every quantized linear of an artifact, held against its reference."""
-    artifact, found = Checkpoint(folder), Audit()
-    layout = format_of(artifact)
-    scheme = layout.scheme_of(artifact.quantization or {})
-    for module in sorted(layout.quantized(artifact.tensors)):
-        found.quantized.add(module)
-        found.flaws += layout.flaws(artifact, module)
-        if problem := layout.contradiction(artifact, module, scheme):
-            found.contradictions.append(problem)
-            continue
-        wanted = reference.load(f"{module}.weight").float()
-        if layout.shape(artifact, module) != wanted.shape:
-            found.misshapen.append(module)
-            continue
-        loaded = layout.load(artifact, module, scheme)
-        found.add(loaded.rounding(wanted), float((loaded.weight - wanted).double().square().sum()))
-    return found
+    return partial(made_once, tiny_reference, tmp_path_factory.mktemp("bnb"))
 
 
 # A good artifact
@@ -204,18 +132,6 @@ def log_probabilities(model: Any, prompt: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(**prompt).logits.float()
     return logits.log_softmax(-1)
-
-
-def differing(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Tensors that are not bit for bit the same in both, by the names they have in either."""
-    return [
-        name
-        for name in sorted({*first.tensors, *second.tensors})
-        if name not in first.tensors
-        or name not in second.tensors
-        or first.tensors[name].dtype != second.tensors[name].dtype
-        or not torch.equal(first.load(name), second.load(name))
-    ]
 
 
 def test_tied_head(tiny_reference: Checkpoint, tmp_path: Path) -> None:
@@ -373,184 +289,3 @@ def test_reference_that_does_not_load(omni: Checkpoint, tmp_path: Path) -> None:
     assert "reference cannot be loaded by transformers" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "artifact").exists()
-
-
-# Faults
-
-LINEAR = "model.layers.1.mlp.gate_proj"
-FLAW, CONTRADICTION, SHAPE = "flaws", "contradictions", "misshapen"
-PLANTED: list[tuple[str, Callable[[Path], None], str]] = [
-    ("bnb-nf4", faults.nibbles_swapped, "largest_error"),
-    ("bnb-nf4", faults.flipped_code, "largest_error"),
-    ("bnb-fp4", faults.flipped_code, "largest_error"),
-    ("bnb-nf4", faults.codes_of_zeros, "largest_error"),
-    ("bnb-nf4", faults.codes_of_zeros, "frobenius"),
-    ("bnb-nf4", faults.absmax_off(0.01), "coarsest"),
-    ("bnb-nf4", faults.absmax_off(-0.01), "finest"),
-    ("bnb-fp4", faults.absmax_off(0.01), "coarsest"),
-    ("bnb-nf4", faults.absmax_off(1.0), "coarsest"),
-    ("bnb-nf4", faults.absmax_off(1.0), "largest_error"),
-    ("bnb-nf4", faults.absmax_off(-0.5), "clipped"),
-    ("bnb-nf4", faults.absmax_is(math.nan), "largest_error"),
-    ("bnb-nf4", faults.absmax_is(math.nan), "broken_scales"),
-    ("bnb-nf4", faults.absmax_is(math.inf), "broken_scales"),
-    ("bnb-nf4", faults.absmax_is(0.0), "broken_scales"),
-    ("bnb-nf4", faults.absmax_is(-0.1), "broken_scales"),
-    ("bnb-nf4", faults.absmax_is(math.nan), "recoded"),
-    ("bnb-nf4", faults.absmax_shifted, "largest_error"),
-    ("bnb-nf4", faults.absmax_shifted, "coarsest"),
-    ("bnb-nf4-dq", faults.nibbles_swapped, "largest_error"),
-    ("bnb-nf4-dq", faults.absmax_shifted, "coarsest"),
-    ("bnb-nf4-dq", faults.nested_code_flipped, "coarsest or finest"),
-    ("bnb-nf4-dq", faults.nested_absmax_off(0.5), "coarsest"),
-    ("bnb-nf4-dq", faults.nested_absmax_off(0.5), "largest_error"),
-    ("bnb-nf4-dq", faults.nested_offset_lost, "finest"),
-    ("bnb-nf4-dq", faults.nested_offset_lost, "broken_scales"),
-    ("bnb-nf4-dq", faults.other_nested_map, FLAW),
-    ("bnb-nf4-dq", faults.other_nested_map, "coarsest or finest"),
-    ("bnb-nf4-dq", faults.dropped("weight.nested_absmax"), CONTRADICTION),
-    ("bnb-nf4", faults.other_code_book, FLAW),
-    ("bnb-nf4", faults.state_says(quant_type="fp4"), FLAW),
-    ("bnb-nf4", faults.state_says(quant_type="fp4"), "largest_error"),
-    ("bnb-nf4", faults.state_renamed, FLAW),
-    ("bnb-nf4", faults.state_says(shape=[256, 512]), SHAPE),
-    ("bnb-nf4", faults.state_says(shape=[512, 128]), CONTRADICTION),
-    ("bnb-nf4", faults.state_says(blocksize=128), CONTRADICTION),
-    ("bnb-nf4", faults.state_says(nested_offset=0.1), CONTRADICTION),
-    ("bnb-nf4", faults.dropped("weight.absmax"), CONTRADICTION),
-    ("bnb-nf4", faults.dropped("weight.quant_map"), CONTRADICTION),
-    ("bnb-nf4", faults.dropped("weight.quant_state.bitsandbytes__nf4"), CONTRADICTION),
-    ("bnb-nf4", faults.dropped("weight"), CONTRADICTION),
-    ("bnb-nf4", linears.left_in_full_precision, "quantized"),
-    ("bnb-nf4", faults.as_after_a_forward, "largest_error"),
-    ("bnb-nf4", faults.as_after_a_forward, "coarsest"),
-    ("bnb-nf4", faults.as_after_a_forward, FLAW),
-    ("bnb-fp4", faults.as_after_a_forward, "largest_error"),
-    ("bnb-int8", faults.flipped_byte, "largest_error"),
-    ("bnb-int8", faults.scale_off(0.01), "coarsest"),
-    ("bnb-int8", faults.scale_off(0.01), "largest_error"),
-    ("bnb-int8", faults.scale_off(-0.01), "finest"),
-    ("bnb-int8", faults.neighbours_scales, "coarsest"),
-    ("bnb-int8", faults.neighbours_scales, "largest_error"),
-    ("bnb-int8", faults.scale_off(-2.0), "broken_scales"),
-    ("bnb-int8", faults.scale_off(math.nan), "broken_scales"),
-    ("bnb-int8", faults.lowest_code, FLAW),
-    ("bnb-int8", faults.lowest_code, "recoded"),
-    ("bnb-int8", faults.dropped("SCB"), CONTRADICTION),
-    ("bnb-int8", faults.dropped("weight_format"), FLAW),
-    ("bnb-int8", linears.left_in_full_precision, "quantized"),
-]
-HOLDS: dict[str, Callable[[Audit], bool]] = {
-    "largest_error": lambda a: a.largest_error <= 1.001,
-    "frobenius": lambda a: a.frobenius <= 1.01,
-    "coarsest": lambda a: a.coarsest <= 1.001,
-    "finest": lambda a: a.finest >= 0.999,
-    "coarsest or finest": lambda a: a.coarsest <= 1.001 and a.finest >= 0.999,
-    "clipped": lambda a: a.clipped == 0,
-    "broken_scales": lambda a: a.broken_scales == 0,
-    "recoded": lambda a: a.recoded == 0,
-    "quantized": lambda a: len(a.quantized) == 28,
-    FLAW: lambda a: not a.flaws,
-    CONTRADICTION: lambda a: not a.contradictions,
-    SHAPE: lambda a: not a.misshapen,
-}
-
-
-def names() -> Iterator[str]:
-    """A test's id for every planted fault."""
-    for number, (kind, fault, quantity) in enumerate(PLANTED):
-        yield f"{kind}-{number}-{getattr(fault, '__name__', 'fault')}-{quantity}"
-
-
-@pytest.mark.parametrize(("kind", "fault", "quantity"), PLANTED, ids=list(names()))
-def test_fault_is_seen(
-    kind: str,
-    fault: Callable[[Path], None],
-    quantity: str,
-    artifacts: Callable[[str], Path],
-    tiny_reference: Checkpoint,
-    tmp_path: Path,
-) -> None:
-    """What holds of a good artifact holds no longer once a fault is planted."""
-    holds = HOLDS[quantity]
-    damaged = copied(artifacts(kind), tmp_path / "damaged")
-    fault(damaged)
-
-    assert holds(audit(tiny_reference, artifacts(kind)))
-    assert not holds(audit(tiny_reference, damaged))
-
-
-# Saving after a forward
-
-
-@pytest.fixture(scope="module")
-def after_forward(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """What the library saves after a forward, by kind, where the CPU is one on which that matters."""
-    from bitsandbytes import functional
-
-    if not getattr(functional, "has_avx512bf16", lambda: False)():
-        pytest.skip("this CPU has no AVX512_BF16, for which alone bitsandbytes repacks weights in a forward")
-    folder = tmp_path_factory.mktemp("after-forward")
-
-    def saved(kind: str) -> Checkpoint:
-        if not (folder / kind).exists():
-            faults.corrupt_by_forward(tiny_reference, VL, folder / kind, skip=skip_list(tiny_reference), kind=kind)
-        return Checkpoint(folder / kind)
-
-    return saved
-
-
-def test_saving_after_a_forward_keeps_the_weights(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], verify: Verify
-) -> None:
-    """A model that has run once is saved as one that has not: the same tensors, bit for bit."""
-    before, after = Checkpoint(artifacts("bnb-nf4")), after_forward("bnb-nf4")
-    changed = [
-        f"{name}: {before.tensors[name].dtype} {list(before.tensors[name].shape)} became "
-        f"{after.tensors[name].dtype} {list(after.tensors[name].shape)}"
-        for name in differing(before, after)
-    ]
-    verify.none_of("tensors changed", changed, among=len(before.tensors), advice="save before the first forward")
-
-
-def skip_if_kept(artifact: Path, after: Checkpoint) -> None:
-    """Skip where the library has been mended."""
-    if not differing(Checkpoint(artifact), after):
-        pytest.skip("this bitsandbytes saves the same tensors after a forward as before it")
-
-
-def test_audit_sees_what_a_forward_did(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tiny_reference: Checkpoint
-) -> None:
-    """What saving after a forward does to weights is far beyond what rounding explains, and a flaw says why."""
-    skip_if_kept(artifacts("bnb-nf4"), after_forward("bnb-nf4"))
-    found = audit(tiny_reference, after_forward("bnb-nf4").path)
-
-    assert found.largest_error > 10
-    assert found.frobenius > 2
-    assert len(found.flaws) == 28
-    assert "save first" in found.flaws[0]
-
-
-def test_planted_fault_is_the_real_one(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tmp_path: Path
-) -> None:
-    """The fault that is planted by bytes is what the library does, bit for bit."""
-    skip_if_kept(artifacts("bnb-nf4"), after_forward("bnb-nf4"))
-    planted = copied(artifacts("bnb-nf4"), tmp_path / "planted")
-    faults.as_after_a_forward(planted)
-
-    assert differing(Checkpoint(planted), after_forward("bnb-nf4")) == []
-
-
-def test_audit_sees_what_a_forward_did_to_nested_scales(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tiny_reference: Checkpoint
-) -> None:
-    """With double quantization absmax is in place but rounded twice more: too little to hurt, and seen all the same."""
-    skip_if_kept(artifacts("bnb-nf4-dq"), after_forward("bnb-nf4-dq"))
-    found = audit(tiny_reference, after_forward("bnb-nf4-dq").path)
-
-    assert found.flaws == []
-    assert 1.001 < found.largest_error < 1.1
-    assert found.coarsest > 1.001
-    assert found.frobenius < 1.02

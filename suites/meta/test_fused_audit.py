@@ -28,8 +28,7 @@ from fixtures.faults.editing import copied
 from fixtures.formats.awq_gemm import StoredAwq, encode
 from fixtures.fresh import in_fresh_process
 from fixtures.quantizers.layers import Progress, silent
-from suites.meta.plain_audit import Plain
-from suites.meta.test_audit_streams import assert_same
+from suites.meta.plain_audit import Plain, assert_same
 
 HAVE_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is absent")

@@ -25,9 +25,9 @@ from fixtures.meters.load import Loaded, Pool, Request, Timing, load
 from fixtures.meters.memory import Measured, Reading, Record
 from fixtures.meters.rounds import WARM_UP
 from fixtures.subjects import shipped
+from suites.meta.contests import KERNELS, changed, good
 from suites.meta.scripted import Answer, chunk, ending, event, serving
 from suites.meta.test_serving_sabotage import END, reply
-from suites.meta.test_throughput_judged import KERNELS, changed, good
 
 # -- rounds ------------------------------------------------------------------------------------------------------------
 

@@ -4,128 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
-from fixtures.core.measurement import Measurement
-from fixtures.core.targets import Target
 from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.load import Timing
-from fixtures.meters.regimes import BATCH_8, LONG_PROMPT, ONE_BY_ONE, SINGLE_STREAM, TOGETHER, Regime
+from fixtures.meters.regimes import BATCH_8, SINGLE_STREAM, Regime
 from fixtures.meters.rounds import COUNTED, WARM_UP, Recorded, Round
 from fixtures.options import Selection
 from suites import test_throughput
 from suites.meta.answering import listener
-
-CLAIM = Target("qwen2_5_vl", "7b", "rtn")  # where +32 % are claimed
-FLOOR = Target("qwen2_5_vl", "own", "rtn")  # where no gain is expected
-NAMES = ("fp16", "machete", "marlin")
-KERNELS = {name: (name,) for name in NAMES}
-Change = Callable[[Round], Round | None]
-
-
-def one_round(regime: Regime, condition: str, number: int, step: float, *, waits: float = 0.0) -> Round:
-    """A round in which tokens come every ``step`` seconds, and the first after two steps and ``waits``."""
-
-    def timing(place: int) -> Timing:
-        begin = place * waits
-        times = tuple((begin + step * (2 + token), 1) for token in range(regime.new_tokens))
-        count = regime.new_tokens
-        return Timing(0.0, begin, times[-1][0], count, times, regime.least_prompt_tokens, count)
-
-    return Round(condition, number, tuple(timing(place) for place in range(regime.requests)), busy=0.3)
-
-
-def recorded(regime: Regime, steps: Mapping[str, float], noise: float = 0.01, seed: int = 0) -> Recorded:
-    """Rounds of conditions by their time per token, disturbed by a share of ``noise``."""
-    draw = np.random.default_rng(seed)
-    rounds = [
-        one_round(regime, name, number, step * math.exp(draw.normal(0, noise)))
-        for number in (WARM_UP, *range(COUNTED))
-        for name, step in steps.items()
-    ]
-    return Recorded(regime, tuple(steps), tuple(rounds), {name: KERNELS.get(name, (name,)) for name in steps})
-
-
-GOOD_STEPS = {"fp16": 5e-3, "machete": 4e-3, "marlin": 3.4e-3}  # the 7B's: 1.25 and 1.47
-
-
-def good(regime: Regime = SINGLE_STREAM) -> Recorded:
-    """What a 7B does where the claim holds."""
-    return recorded(regime, GOOD_STEPS)
-
-
-def changed(change: Change, what: Recorded | None = None, condition: str = "marlin") -> Recorded:
-    """Rounds with one condition's changed, or left out where ``change`` gives None."""
-    what = what or good()
-    rounds = [change(one) if one.condition == condition else one for one in what.rounds]
-    return dataclasses.replace(what, rounds=tuple(one for one in rounds if one is not None))
-
-
-def each(change: Callable[[Timing], Timing]) -> Change:
-    """Change every request of a round."""
-    return lambda one: dataclasses.replace(one, timings=tuple(map(change, one.timings)))
-
-
-def first(change: Callable[[Timing], Timing], number: int = 2) -> Change:
-    """Change one request of one round."""
-
-    def apply(one: Round) -> Round:
-        if one.number != number:
-            return one
-        return dataclasses.replace(one, timings=(change(one.timings[0]), *one.timings[1:]))
-
-    return apply
-
-
-def contest_of(what: Recorded) -> Any:
-    """A contest that has measured ``what``, whatever it is asked for."""
-
-    class Measured:
-        names = NAMES
-        cards = 1
-        expected = KERNELS
-        others: dict[str, int | None] = {}
-
-        def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:
-            return what
-
-        def arrivals(self, name: str) -> Recorded:
-            return what
-
-        def weights_of(self, target: Target) -> str:
-            return target.weights
-
-    return Measured()
-
-
-def throughput(what: Recorded, selection: Selection, target: Target = CLAIM) -> dict[str, Measurement]:
-    """What the check of throughput says."""
-    verify = listener()
-    test_throughput.test_throughput(contest_of(what), target, what.regime, selection.limits, verify)
-    return {m.quantity: m for m in verify.measurements}
-
-
-def latency(what: Recorded, selection: Selection, target: Target = CLAIM) -> dict[str, Measurement]:
-    """What the check of latency says."""
-    verify = listener()
-    test_throughput.test_latency(contest_of(what), target, what.regime, selection.limits, verify)
-    return {m.quantity: m for m in verify.measurements}
-
-
-def broken(said: Mapping[str, Measurement]) -> list[str]:
-    """The quantities that do not hold."""
-    return [quantity for quantity, m in said.items() if m.holds is False]
-
-
-def lower_end(said: Mapping[str, Measurement]) -> Measurement:
-    """The one that decides."""
-    return next(m for quantity, m in said.items() if quantity.endswith("lower end"))
-
+from suites.meta.contests import (
+    CLAIM,
+    FLOOR,
+    GOOD_STEPS,
+    KERNELS,
+    NAMES,
+    arrivals,
+    broken,
+    changed,
+    contest_of,
+    each,
+    first,
+    good,
+    latency,
+    lower_end,
+    one_round,
+    recorded,
+    throughput,
+)
 
 # The good hold
 
@@ -378,20 +287,6 @@ def test_tokens_that_were_not_streamed_are_caught(selection: Selection) -> None:
     assert len([q for q in broken(latency(what, selection)) if q.endswith("upper end")]) == 2
 
 
-# Arriving together
-
-
-def arrivals(steps: tuple[float, float], waits: float) -> Recorded:
-    """Sixteen requests, one by one and together, by their times per token."""
-    draw = np.random.default_rng(0)
-    rounds = [
-        one_round(asked, asked.name, number, step * math.exp(draw.normal(0, 0.01)), waits=wait)
-        for number in (WARM_UP, *range(COUNTED))
-        for asked, step, wait in ((ONE_BY_ONE, steps[0], 33 * steps[0]), (TOGETHER, steps[1], waits))
-    ]
-    return Recorded(TOGETHER, (ONE_BY_ONE.name, TOGETHER.name), tuple(rounds), {})
-
-
 @pytest.mark.parametrize(
     ("what", "caught"),
     [
@@ -422,145 +317,3 @@ def test_an_impossible_step_is_caught(selection: Selection) -> None:
     verify = listener()
     test_throughput.bounded(recorded(SINGLE_STREAM, {**GOOD_STEPS, "marlin": 5e-4}), lines, most, verify)
     assert [m.holds for m in verify.measurements if m.bound] == [True, True, False]
-
-
-# Every quantity of every check
-
-
-def fewer(what: Recorded) -> Recorded:
-    """Without the last round of every condition."""
-    last = max(one.number for one in what.rounds)
-    return dataclasses.replace(what, rounds=tuple(one for one in what.rounds if one.number != last))
-
-
-def lost(what: Recorded) -> Recorded:
-    """With a request of one round of the last condition that failed."""
-    return changed(first(lambda t: dataclasses.replace(t, error="HTTP 500: oops")), what, what.conditions[-1])
-
-
-def busy(what: Recorded) -> Recorded:
-    """With one round in which the generator's core was never idle."""
-    return changed(lambda one: dataclasses.replace(one, busy=0.99) if one.number == 2 else one, what, what.base)
-
-
-def late(what: Recorded) -> Recorded:
-    """With quantized first tokens that come much later after the same arrival, and all others as they did."""
-
-    def wait(timing: Timing) -> Timing:
-        return dataclasses.replace(timing, arrived=timing.arrived - 0.02)
-
-    for condition in what.others:
-        what = changed(each(wait), what, condition)
-    return what
-
-
-def steps(**times: float) -> Recorded:
-    """Good rounds, but for the times per token of some conditions."""
-    return recorded(SINGLE_STREAM, {**GOOD_STEPS, **times})
-
-
-SOUND = (
-    ("rounds counted, fewest of a condition", fewer),
-    ("requests that are no measurement", lost),
-    ("load generator, busiest", busy),
-)
-SLOW = {"machete": 9e-3, "marlin": 9e-3}
-ANOTHER_KERNEL = dataclasses.replace(good(), kernels={**KERNELS, "machete": ("marlin",)})
-APART = {"throughput together, of one by one, lower end", "time to first token together, of one by one, upper end"}
-TOGETHER_GOOD = arrivals((3e-3, 4e-3), 0)
-OF_A_STEP = "of a decode step by {}, the time to read its weights"
-# check, what it is asked of, and exactly what must not hold, by whichever kernel
-PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
-    *((test_throughput.test_throughput, fault(good()), {quantity}) for quantity, fault in SOUND),
-    (test_throughput.test_throughput, ANOTHER_KERNEL, {"conditions on another kernel"}),
-    (test_throughput.test_throughput, steps(**SLOW), {"throughput, of FP16's, lower end"}),
-    *((test_throughput.test_latency, fault(good()), {quantity}) for quantity, fault in SOUND),
-    (test_throughput.test_latency, ANOTHER_KERNEL, {"conditions on another kernel"}),
-    (test_throughput.test_latency, late(good()), {"median time to first token, of FP16's, upper end"}),
-    (
-        test_throughput.test_latency,
-        changed(each(lambda t: dataclasses.replace(t, arrived=-0.05)), steps(**SLOW), "fp16"),
-        {"median inter-token latency, of FP16's, upper end"},
-    ),
-    (test_throughput.test_concurrent_serving, fewer(TOGETHER_GOOD), {SOUND[0][0]}),
-    # whatever is lost here leaves no ratio, for there is but one condition beside the base
-    (test_throughput.test_concurrent_serving, lost(TOGETHER_GOOD), {SOUND[1][0], *APART}),
-    (test_throughput.test_concurrent_serving, busy(TOGETHER_GOOD), {SOUND[2][0]}),
-    (test_throughput.test_concurrent_serving, arrivals((3e-3, 30e-3), 0), {min(APART)}),
-    (test_throughput.test_concurrent_serving, arrivals((3e-3, 1e-3), 33e-3), {max(APART)}),
-    *(
-        (test_throughput.test_step, steps(**{name: 5e-4 if name != "fp16" else 2e-3}), {OF_A_STEP.format(name)})
-        for name in NAMES
-    ),
-]
-
-
-def heard(
-    check: Callable[..., None], what: Recorded, selection: Selection, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, bool]:
-    """Whether what a check judges holds, by quantity, without saying that it is the best kernel's."""
-    monkeypatch.setattr(test_throughput, "decode_bytes", lambda checkpoint, _: checkpoint)
-    verify = listener()
-    given: dict[str, Any] = {"contest": contest_of(what), "target": FLOOR, "regime": what.regime, "verify": verify}
-    given |= {"limits": selection.limits, "reference": 14 << 30, "artifact": 5 << 30, "adapter": None}
-    given |= {"bandwidth": 4.3e12}
-    check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
-    judged = [m for m in verify.measurements if m.bound]
-    return {re.sub(r" by the best kernel, of FP16's", ", of FP16's", m.quantity): bool(m.holds) for m in judged}
-
-
-@pytest.mark.parametrize(
-    "planted", PLANTED, ids=lambda planted: f"{planted[0].__name__}: {' and '.join(sorted(planted[2]))}"
-)
-def test_fault_fails_what_it_is_for(
-    planted: tuple[Callable[..., None], Recorded, set[str]], selection: Selection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every planted fault fails the quantity that it is for, and no other of its check."""
-    check, what, expected = planted
-    assert {quantity for quantity, holds in heard(check, what, selection, monkeypatch).items() if not holds} == expected
-
-
-def test_every_quantity_has_a_fault(selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Good rounds hold in every check there is, and every quantity that is judged of them has a planted fault."""
-    checks = {check for name, check in vars(test_throughput).items() if name.startswith("test_")}
-    assert checks == {check for check, _, _ in PLANTED}
-    for check in checks:
-        what = TOGETHER_GOOD if check is test_throughput.test_concurrent_serving else good()
-        judged = heard(check, what, selection, monkeypatch)
-        assert [quantity for quantity, holds in judged.items() if not holds] == []
-        assert judged.keys() == {quantity for of, _, expected in PLANTED if of is check for quantity in expected}
-
-
-def test_limits_are_there_for_every_case(selection: Selection) -> None:
-    """Every target and regime has its limits, a checkpoint of somebody's own included; the claim stands at the 7B."""
-    for size in ("3b", "7b", "own"):
-        for family in ("qwen2_5_vl", "qwen2_5_omni"):
-            for quantizer in ("rtn", "awq", "bnb-nf4", "bnb-int8", "awq_artifact", "bitsandbytes_artifact"):
-                for regime in (*test_throughput.REGIMES, *test_throughput.STREAMED):
-                    case = (Target(family, size, quantizer).weights, quantizer, regime.name)
-                    ratio, ttft, itl = (
-                        selection.limits(f"throughput.{name}", *case) for name in ("ratio", "ttft", "itl")
-                    )
-                    assert 0 < ratio < 3
-                    assert ttft > 0
-                    assert itl > 0
-    assert selection.limits("throughput.ratio", CLAIM.weights, "rtn", "single_stream") >= 1.32
-    assert selection.limits("throughput.concurrent", CLAIM.weights) == 1.72
-    assert selection.limits("throughput.concurrent_ttft", CLAIM.weights) == 0.17
-
-
-def test_expectation_names_the_reason() -> None:
-    """Where no gain is expected the reason fits the regime: computing for prompts, launches for decoding."""
-    reading = test_throughput.expectation(recorded(LONG_PROMPT, dict.fromkeys(NAMES, 1e-3)), "marlin", 0.8)
-    decoding = test_throughput.expectation(recorded(SINGLE_STREAM, dict.fromkeys(NAMES, 1e-3)), "marlin", 0.8)
-    assert "matrix products" in reading
-    assert "launches" in decoding
-    assert test_throughput.expectation(good(), "marlin", 1.32).startswith("yes, 1.32 at least; marlin is faster")
-
-
-def test_parameters_of_the_checks() -> None:
-    """The checks are about a target and a regime, which their ids name."""
-    for check in (test_throughput.test_throughput, test_throughput.test_latency):
-        (mark,) = (mark for mark in check.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
-        assert mark.args[0] == "regime"
-        assert [str(regime) for regime in mark.args[1]] == [regime.name for regime in mark.args[1]]

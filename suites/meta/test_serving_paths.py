@@ -1,0 +1,311 @@
+"""How questions reach an engine and answers come back: by a server, offline, by transformers, and with faults."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fixtures.core.checkpoint import Checkpoint
+from fixtures.core.errors import UserError
+from fixtures.core.samples import Sample
+from fixtures.core.targets import Target
+from fixtures.engines import offline, saying
+from fixtures.engines.bad_requests import Refusal, bad_requests, hang_up, lost_bytes, message_of, refused
+from fixtures.engines.chat import ask, reply_of
+from fixtures.engines.decoded import write_decoded
+from fixtures.engines.hf import TransformersEngine
+from fixtures.engines.loading import load_processor
+from fixtures.engines.offline import Batch, Recorded
+from fixtures.engines.offline_worker import as_vllm_takes_it, taught
+from fixtures.engines.process import EngineError
+from fixtures.engines.requests import audio_url, chat_request, video_url
+from fixtures.engines.server import Server, Serving, start_server
+from fixtures.serving_under_test import applicable
+from fixtures.subjects.samples import draw
+from suites import test_serving
+from suites.meta import fake_vllm
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(tiny_reference: Checkpoint, tmp_path: Path) -> Iterator[Callable[[str], Server]]:
+    """A stand-in with a fault."""
+    running = []
+
+    def start(fault: str) -> Server:
+        module = (sys.executable, fake_vllm.__file__, fault)
+        server = start_server(tiny_reference, Serving(), tmp_path / fault, module=module)
+        server.model = "fake"
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.close()
+
+
+@pytest.mark.parametrize("fault", ["none", "answers 500", "accepts anything", "dies when asked"])
+def test_bad_answers_to_bad_requests(fake: Callable[[str], Server], fault: str) -> None:
+    """Only a 4xx that says something is a refusal: no 5xx, no answer as if nothing were wrong, no end of the server."""
+    server = fake(fault)
+    bodies: dict[str, Any] = {"negative max_tokens": {"model": "fake", "max_tokens": -1}, "not JSON": b"{"}
+    clean = [refused(server, kind, body).clean for kind, body in bodies.items()]
+    assert clean == [fault == "none"] * 2
+    assert server.alive() == (fault != "dies when asked")
+
+
+def test_refusals() -> None:
+    """An error's words are found in either layout; without words, or as a traceback, it is no clean one."""
+    assert message_of({"error": {"message": "wrong"}}) == message_of({"message": "wrong"}) == "wrong"
+    assert message_of("plain") == "plain"
+    assert Refusal("k", 422, "wrong").clean
+    assert not Refusal("k", 400, " ").clean
+    assert not Refusal("k", 400, "Traceback (most recent call last): ...").clean
+    assert not Refusal("k", 200, "fine").clean
+    assert (lost_bytes(5, 3), lost_bytes(3, 5)) == (0, 2)
+
+
+def test_every_bad_request_is_bad_in_one_way(fake: Callable[[str], Server], tiny_reference: Checkpoint) -> None:
+    """Bad requests are good ones but for what they are called after; sound is one for a model without ears only."""
+    processor, sample = load_processor(tiny_reference), draw("image", "evaluation", 1)[0]
+    server = fake("none")
+    deaf = bad_requests(server, sample, processor, images=4, hears=False)
+    assert set(deaf) - set(bad_requests(server, sample, processor, images=4, hears=True)) == {
+        "sound to a model without ears"
+    }
+    assert len(deaf) == 10
+    shown = [part["type"] for part in deaf["too many images"]["messages"][0]["content"]]
+    assert shown.count("image_url") == 5
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(_bytes_of(deaf["corrupt image"]["messages"][0]["content"][0]["image_url"]["url"]))).load()
+
+
+def _bytes_of(url: str) -> bytes:
+    data = url.partition(",")[2]
+    return base64.b64decode(data + "=" * (-len(data) % 4))
+
+
+def test_hanging_up(fake: Callable[[str], Server]) -> None:
+    """A client that hangs up leaves the server serving; a server that does not stream is told."""
+    server = fake("none")
+    assert hang_up(server, {"model": "fake", "max_tokens": 1}) == 0
+    assert server.alive()
+    server._process.close()
+    with pytest.raises(EngineError, match="does not stream"):
+        hang_up(server, {"model": "fake", "max_tokens": 1})
+
+
+def test_replies_of_a_server(fake: Callable[[str], Server], tiny_reference: Checkpoint) -> None:
+    """A server's answer becomes a reply, tokens and logprobs; one that lacks any of it is told, never filled in."""
+    sample = draw("text", "evaluation", 1)[0]
+    said = ask(fake("none"), sample, load_processor(tiny_reference), 4)
+    assert (said.prompt, said.said, said.top) == ((1, 2), (7,), ({7: -0.1},))
+    with pytest.raises(EngineError, match="answers 500"):
+        ask(fake("answers 500"), sample, load_processor(tiny_reference), 4)
+    place = {"token": "token_id:7", "logprob": -0.1, "top_logprobs": []}
+    good = {"prompt_token_ids": [1], "choices": [{"token_ids": [7], "logprobs": {"content": [place]}}]}
+    assert reply_of("s", good).said == (7,)
+    for broken in ({}, {"choices": []}, {**good, "prompt_token_ids": None}, {**good, "choices": [{"token_ids": [7]}]}):
+        with pytest.raises(EngineError):
+            reply_of("s", broken)
+    good["choices"][0]["token_ids"] = [7, 8]  # type: ignore[index]
+    with pytest.raises(EngineError, match="2 tokens with 1 logprobs"):
+        reply_of("s", good)
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_media_arrive_as_they_are(tiny_reference: Checkpoint) -> None:
+    """Images, frames and sound in requests are what they were, bit for bit; a video brings its frames per second."""
+    processor = load_processor(tiny_reference)
+    video = draw("video", "evaluation", 1)[0]
+    body = chat_request("m", video, processor, max_tokens=3)
+    kinds = [part["type"] for part in body["messages"][0]["content"]]
+    assert kinds == ["video_url", "text"]
+    (frames,) = video.media("video")
+    head, *rest = (
+        body["messages"][0]["content"][0]["video_url"]["url"].removeprefix("data:video/jpeg;base64,").split(",")
+    )
+    decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in (head, *rest)]
+    assert np.array_equal(np.stack(decoded), frames)
+    told = body["mm_processor_kwargs"]["videos_kwargs"]
+    assert told["video_metadata"][0]["fps"] == 2.0
+    assert not told["do_sample_frames"]
+    assert video_url(frames) == body["messages"][0]["content"][0]["video_url"]["url"]
+    assert "mm_processor_kwargs" not in chat_request("m", draw("image", "evaluation", 1)[0], processor, max_tokens=3)
+
+
+def test_sound_arrives_as_it_is() -> None:
+    """A WAV of floats holds every sample as it was, at its rate."""
+    waveform = np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
+    data = _bytes_of(audio_url(waveform, 16000))
+    assert np.array_equal(np.frombuffer(data[-4000:], "<f4"), waveform)
+    assert int.from_bytes(data[4:8], "little") == len(data) - 8
+    assert int.from_bytes(data[24:28], "little") == 16000
+    assert int.from_bytes(data[20:22], "little") == 3  # floats
+
+
+def test_sound_is_refused_for_models_without_ears(tiny_reference: Checkpoint) -> None:
+    """A sample that a model cannot take is refused before it is sent."""
+    with pytest.raises(UserError, match="does not hear"):
+        chat_request("m", draw("audio", "evaluation", 1)[0], load_processor(tiny_reference), max_tokens=3)
+
+
+# -- offline ---------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, sys, pathlib
+import numpy as np
+folder, fault = pathlib.Path(sys.argv[2]), sys.argv[1]
+batches = json.loads((folder / "prompts.json").read_text())
+print("GPU KV cache size: 1,000 tokens", flush=True)
+if fault == "dies":
+    print("ValueError: no such layer", flush=True)
+    sys.exit(1)
+if fault == "hangs":
+    import time
+    time.sleep(600)
+replies = {}
+for batch in batches:
+    some = batch["prompts"][1:] if fault == "leaves one out" else batch["prompts"]
+    replies[batch["name"]] = [{"prompt": [1], "said": [2], "top": [[[2, -0.1]]]} for _ in some]
+    if batch["taught"]:
+        np.savez(folder / (batch["name"] + ".npz"), **{str(n): np.zeros((2, 4), np.float32) for n in range(len(some))})
+(folder / "done.json").write_text(json.dumps({"seconds": 1.0, "batches": replies}))
+"""
+
+
+def run_offline(reference: Checkpoint, folder: Path, fault: str, within: float = 60) -> Recorded:
+    """An offline run by a stand-in for the worker."""
+    samples = tuple(draw("text", "evaluation", 2))
+    batches = [Batch("text", samples), Batch("text-taught", samples, taught=True)]
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    worker = (sys.executable, str(script), fault)
+    return offline.run(reference, Serving(), batches, folder / fault, worker=worker, within=within)
+
+
+def test_offline_run(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """What the worker replied comes back by batch and sample, with what its log says of the start."""
+    recorded = run_offline(tiny_reference, tmp_path, "none")
+    assert [r.said for r in recorded.greedy["text"]] == [(2,), (2,)]
+    assert recorded.taught["text-taught"][0].logprobs.shape == (2, 4)
+    assert recorded.started.kv_tokens == 1000
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("dies", "no such layer"), ("hangs", "not done after"), ("leaves one out", "1 replies to 2 prompts")],
+)
+def test_failed_offline_run(tiny_reference: Checkpoint, tmp_path: Path, fault: str, says: str) -> None:
+    """A worker that dies, hangs or leaves a prompt out is an error that says so."""
+    with pytest.raises(EngineError, match=says):
+        run_offline(tiny_reference, tmp_path, fault, within=2.0 if fault == "hangs" else 60)
+
+
+@pytest.mark.parametrize("modality", ["text", "image", "video"])
+def test_prompts_are_transformers(tiny_reference: Checkpoint, tmp_path: Path, modality: str) -> None:
+    """What the worker is given is the text and the media that transformers' processor reads, told the same of them."""
+    sample = draw(modality, "evaluation", 1)[0]
+    offline.write_prompts(tiny_reference, [Batch("b", (sample,), taught=True)], tmp_path)
+    (prompt,) = json.loads((tmp_path / "prompts.json").read_text())[0]["prompts"]
+    taken = as_vllm_takes_it(prompt, np.load(tmp_path / "media.npz"))
+    processor = load_processor(tiny_reference)
+    media = taken.get("multi_modal_data", {})
+    given = {f"{kind}s": items for kind, items in media.items()}
+    inputs = processor(text=[taken["prompt"]], **given, **taken.get("mm_processor_kwargs", {}), return_tensors="pt")
+    (wanted,) = offline.prompt_tokens(tiny_reference, [sample], with_answer=True)
+    assert tuple(inputs["input_ids"][0].tolist()) == wanted
+    answer = processor.tokenizer(sample.answer + "<|im_end|>")["input_ids"]
+    assert prompt["answer_tokens"] == len(answer)
+    assert list(wanted[-len(answer) :]) == answer
+
+
+def test_distributions_of_the_answer() -> None:
+    """Of a prompt's logprobs the answer's are kept, by token; one that was left out is NaN, not 0."""
+
+    class Flat(SimpleNamespace):
+        def __len__(self) -> int:
+            return 3
+
+    flat = Flat(
+        start_indices=[0, 0, 3],
+        end_indices=[0, 3, 5],
+        token_ids=[2, 0, 2, 0, 2],
+        logprobs=[-1.0, -2.0, -1.0, -3.0, -4.0],
+    )
+    rows = taught(SimpleNamespace(prompt_logprobs=flat), 2)
+    assert rows.shape == (2, 3)
+    assert rows[:, 0].tolist() == [-2.0, -3.0]
+    assert np.isnan(rows[:, 1]).all()
+    assert rows[:, 2].tolist() == [-1.0, -4.0]
+
+
+# -- transformers' side ----------------------------------------------------------------------------------------------
+
+
+def test_transformers_replies(tiny_reference: Checkpoint) -> None:
+    """Transformers' replies are its greedy answers, each token the likeliest of those told beside it."""
+    samples = draw("image", "evaluation", 2)
+    engine = TransformersEngine(tiny_reference, _vl(), torch.float32)
+    said = saying.replies(engine, samples, 24)
+    assert [list(one.said) for one in said] == engine.greedy(samples)
+    assert all(
+        max(top, key=top.__getitem__) == token for one in said for top, token in zip(one.top, one.said, strict=True)
+    )
+    assert [one.prompt for one in said] == offline.prompt_tokens(tiny_reference, samples, with_answer=False)
+    (first, _) = saying.taught(engine, samples)
+    assert first.logprobs.logsumexp(-1).abs().max() < 1e-4
+
+
+def _vl() -> Any:
+    from fixtures.adapters import ADAPTERS
+
+    return ADAPTERS["qwen2_5_vl"]
+
+
+def test_decoded_checkpoint(good_artifact: Path, tmp_path: Path) -> None:
+    """The decoded artifact is a float16 reference with the artifact's weights and side files, answering as it does."""
+    artifact = Checkpoint(good_artifact)
+    decoded = write_decoded(artifact, tmp_path / "decoded")
+    assert decoded.quantization is None
+    assert {info.dtype for info in decoded.tensors.values()} == {"F16"}
+    samples: list[Sample] = draw("text", "evaluation", 4)
+    one, other = (
+        saying.taught(TransformersEngine(checkpoint, _vl(), torch.float32), samples)
+        for checkpoint in (artifact, decoded)
+    )
+    assert test_serving.kl(one, other) < 1e-5
+
+
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("subject", "chosen", "served"),
+    [
+        (Target("qwen2_5_vl", "tiny", "awq"), False, True),
+        (Target("qwen2_5_vl", "tiny", "bnb-fp4"), False, False),
+        (Target("qwen2_5_vl", "tiny", "bnb-fp4"), True, True),
+        (Target("qwen2_5_vl", "tiny", "bnb-int8"), True, False),
+        (Target("qwen2_5_vl", "tiny_untied", "awq"), False, False),
+        (Target("qwen2_5_vl", "mine", "awq_artifact"), False, True),
+        (None, False, True),
+    ],
+)
+def test_targets_that_are_served(subject: Target | None, chosen: bool, served: bool) -> None:
+    """One target of each kind is served, any that the user chose, and none whose kernel is no dequantization."""
+    assert applicable(subject, chosen) == served
