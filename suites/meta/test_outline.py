@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +22,10 @@ from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied
+from fixtures.fresh import in_fresh_process
 from fixtures.quantizers import Job, _arrived, calibration
 from fixtures.quantizers.activation_aware import capture, engine, load_outline, load_whole, outline, quantize_layers
+from fixtures.quantizers.layers import Progress, silent
 from fixtures.subjects import shipped
 
 
@@ -63,9 +67,7 @@ def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype) -> No
     assert buffers, "no model has rotary embeddings?"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
-def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype) -> None:
+def check_whole(family: str, dtype: torch.dtype) -> None:
     """A model that a thread reads is what transformers' own loading gives: tensors, buffers, settings and voices."""
     reference = view_of(shipped(f"{family}-tiny"))
     wanted, found = load_model(reference.checkpoint, reference.adapter, dtype), load_whole(reference, dtype)()
@@ -77,11 +79,83 @@ def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype) -> None:
         assert one.keys() == other.keys()
         for name, tensor in one.items():
             assert tensor.dtype == other[name].dtype, name
+            assert not other[name].is_meta, name
             if not name.startswith("token2wav."):  # filters computed in 16 bits; nobody hears it
                 assert torch.equal(tensor, other[name]), name
     assert found.generation_config.to_dict() == wanted.generation_config.to_dict()
     assert getattr(found, "speaker_map", {}).keys() == getattr(wanted, "speaker_map", {}).keys()
     assert not found.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
+def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype) -> None:
+    """It is the one that transformers loads."""
+    check_whole(family, dtype)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda found, up, gate: found | {up: found[gate], gate: found[up]},
+        lambda found, up, gate: {name: tensor for name, tensor in found.items() if name != up},
+        lambda found, up, gate: found | {up: found[up].double()},
+    ],
+    ids=["swapped", "left out", "another dtype"],
+)
+def test_a_tensor_read_wrongly_is_seen(fault: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor in another's place, in none or in another dtype, and the model is not the one."""
+
+    def read(*of: Any, real: Callable[..., dict[str, Any]] = outline._read_all) -> dict[str, Any]:
+        found = real(*of)
+        up = next(name for name in found if name.endswith("layers.1.mlp.up_proj.weight"))
+        return fault(found, up, up.replace("up_proj", "gate_proj"))
+
+    monkeypatch.setattr(outline, "_read_all", read)
+    with pytest.raises(AssertionError, match=r"layers\.1\.mlp\.(up|gate)_proj"):
+        check_whole("qwen2_5_vl", torch.float32)
+
+
+def test_a_model_that_is_given_up_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once nobody can ask for it, the thread ends after the tensor at hand."""
+    begun, given_up = threading.Event(), threading.Event()
+    read: list[str] = []
+
+    def load(view: HubView, hub: str, real: Callable[..., Any] = HubView.load) -> Any:
+        read.append(hub)
+        begun.set()
+        given_up.wait(60)
+        return real(view, hub)
+
+    monkeypatch.setattr(HubView, "load", load)
+    before = set(threading.enumerate())
+    coming = load_whole(view_of(shipped("qwen2_5_vl-tiny")), torch.float32)
+    assert begun.wait(60)
+    del coming
+    given_up.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert len(read) == 1
+
+
+def leave(read: Path, progress: Progress = silent) -> None:
+    """In a fresh process: end while a model is read that could still be asked for; which tensors goes to a file."""
+
+    def load(view: HubView, hub: str, real: Callable[..., Any] = HubView.load) -> Any:
+        with read.open("a") as file:
+            print(hub, file=file)
+        threading.main_thread().join(5)
+        return real(view, hub)
+
+    read.touch()
+    HubView.load = load  # type: ignore[assignment, method-assign]
+    sys.last_value = load_whole(view_of(shipped("qwen2_5_vl-tiny")), torch.float32)  # type: ignore[assignment]
+
+
+def test_a_program_that_ends_reads_no_further(tmp_path: Path) -> None:
+    """After Ctrl-C a traceback may hold on to who asked; the interpreter waits for the tensor at hand, for no more."""
+    in_fresh_process(silent, leave, tmp_path / "read")
+    assert len((tmp_path / "read").read_text().splitlines()) <= 1
 
 
 def test_no_room_beside_the_search() -> None:
