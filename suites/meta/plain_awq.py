@@ -201,7 +201,7 @@ def proposals(inputs: Tensor, weights: Sequence[Tensor], scheme: Scheme) -> Iter
     yield torch.ones(inputs.shape[-1])
     x = inputs.float().abs().mean(0)
     weight = torch.cat([w.float() for w in weights])
-    grouped = weight.abs().reshape(-1, scheme.size_in(weight.shape[1]))
+    grouped = weight.abs().reshape(-1, weight.shape[1] if scheme.group_size == -1 else scheme.group_size)
     w = (grouped / (grouped.amax(1, keepdim=True) + 1e-6)).reshape(weight.shape).mean(0)
     for exponent in EXPONENTS:
         scales = (x.pow(exponent) / (w.pow(1 - exponent) + 1e-4)).clamp(min=1e-4)
@@ -211,7 +211,7 @@ def proposals(inputs: Tensor, weights: Sequence[Tensor], scheme: Scheme) -> Iter
 
 def search_clips(weight: Tensor, inputs: Tensor, scheme: Scheme) -> tuple[Tensor, Mapping[str, float]]:
     """The best limit [out, groups] for what a weight's groups do to their own inputs, and the record."""
-    group_size = scheme.size_in(weight.shape[1])
+    group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped_inputs = inputs.reshape(len(inputs), -1, group_size).transpose(0, 1)
     grams = grouped_inputs.transpose(1, 2) @ grouped_inputs / len(inputs)  # [groups, group size, group size]
     limits, found, unclipped, beyond = [], 0.0, 0.0, 0

@@ -267,7 +267,8 @@ def test_rounding_without_codes(scheme: Scheme, clipped: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 256, generator=generator) * torch.logspace(-8, 4, 96)[:, None]
     weight[3], weight[5], weight[7, :128] = weight[3].abs(), -weight[5].abs(), 0
-    limit = weight.reshape(96, -1, scheme.size_in(256)).abs().amax(-1) * 0.7 if clipped else None
+    groups = 1 if scheme.group_size == -1 else 256 // scheme.group_size
+    limit = weight.reshape(96, groups, -1).abs().amax(-1) * 0.7 if clipped else None
     exact = pseudo_quantize_tensor(weight, scheme, limit=limit, scale_dtype=torch.float16).weight
     before = weight.clone()
     assert torch.equal(rounded(weight, scheme, limit), exact)
