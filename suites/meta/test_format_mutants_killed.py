@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixtures.core import codebook
 from fixtures.core.checkpoint import Checkpoint
@@ -125,9 +126,61 @@ def test_rows_of_a_stored_linear(layout):
         assert torch.equal(part.weight, whole.weight[begin:end])
         assert linear.repacks(begin, part) is True
         if layout == "4 bits":
+            assert torch.equal(part.absmax, whole.absmax[begin * 48 // 64 : end * 48 // 64])
             assert torch.equal(part.slack, part.absmax / 8)
         if layout != "8 bits" and begin:
             assert linear.repacks(0, part) is False
+
+
+def test_rows_ask_for_no_bytes_of_others(monkeypatch):
+    """Rows are decoded from the bytes that they are in alone: a part costs what a part is, not what is left."""
+    unpack, asked = bnb_4bit.unpack, []
+    monkeypatch.setattr(bnb_4bit, "unpack", lambda words: asked.append(words.numel()) or unpack(words))
+    linear = stored_linears()["4 bits"][0]
+
+    for begin, end in [(0, 4), (4, 12), (12, 24)]:
+        linear.rows(begin, end)
+    assert asked == [4 * 48 / 2, 8 * 48 / 2, 12 * 48 / 2]
+
+
+def test_last_row_of_an_odd_number():
+    """The nibble too many of an odd number of codes is no code, of whichever rows the last is read with."""
+    words = torch.full((98, 1), 0x21, dtype=torch.uint8)  # 65 rows of 3
+    linear = bnb_4bit.Stored4bit(words, torch.ones(4), bnb_4bit.State("nf4", (65, 3), 64))
+
+    assert linear.together == 64
+    assert linear.rows(64, 65).codes.tolist() == [[2, 1, 2]]
+    assert linear.repacks(64, linear.rows(64, 65)) is True
+    assert linear.all_rows.codes.shape == (65, 3)
+
+
+def test_words_of_awq_follow_each_other():
+    """A row's words and zero points lie beside each other, as kernels that count them from the first take them."""
+    linear = stored_linears()["awq"][0]
+
+    assert all(part.is_contiguous() for part in (linear.words, linear.zero_words, linear.scales))
+
+
+class Widths(TorchDispatchMode):
+    """Notes how many bytes wide the elements of all results are."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        """Run it, and note."""
+        result = operation(*args, **(kwargs or {}))
+        self.seen.add(result.element_size())
+        return result
+
+
+def test_awq_is_unpacked_in_its_own_width():
+    """Codes are shifted out of their words in 32 bits each: in 64 a large linear's would take twice the memory."""
+    with Widths() as widths:
+        awq_gemm.unpack(torch.zeros(2, 1, dtype=torch.int32))
+
+    assert widths.seen == {4, 2}
 
 
 def test_awq_stores_16_bit_scales(stored):
@@ -147,8 +200,11 @@ def test_nothing_packs():
 
 
 def test_unpacked_where_the_words_are():
-    """Codes stay on their device."""
+    """Codes stay on their device, and zero points that are not stored are made there."""
     assert awq_gemm.unpack(torch.zeros(2, 1, dtype=torch.int32, device="meta")).device.type == "meta"
+    codes, largest = torch.zeros(2, 3, dtype=torch.int8, device="meta"), torch.ones(2, device="meta")
+    rows = bnb_8bit.StoredInt8(codes, largest, Scheme(8, -1, zero_point=False)).rows(0, 2)
+    assert {t.device.type for t in (rows.codes, rows.scales, rows.zeros)} == {"meta"}
 
 
 def test_layout_under_its_older_name():
@@ -272,6 +328,10 @@ def test_bytes_of_any_stride():
 
     assert codes.tolist() == [3, 4, 1, 2, 2, 2, 1, 1]  # little-endian
     assert codes.dtype == torch.int16
+    assert bnb_4bit.unpack(words.reshape(2, 2)[:, :1]).tolist() == codes.tolist()
+    assert bnb_4bit.unpack(words.reshape(2, 2)).tolist() == bnb_4bit.unpack(words).tolist()
+    linear = bnb_4bit.Stored4bit(words[::2], torch.ones(1), bnb_4bit.State("nf4", (1, 8), 64))
+    assert linear.all_rows.codes.tolist() == [codes.tolist()]
 
 
 def test_nested_scales_by_hand(stored):
@@ -383,15 +443,33 @@ def test_8_bit_flaws(stored):
     assert BNB_8BIT.contradiction(stored(parts), "m.up", BNB_8BIT.scheme_of({})) == ""
 
 
-@pytest.mark.parametrize("part", ["weight.quant_map", "weight.nested_quant_map", "weight.nested_absmax"])
-def test_every_table_of_a_nest_has_its_size(stored, part):
-    """With nested scales all tables must be there in full, the one of the codes, too."""
-    parts = four_bits(absmax=torch.zeros(2, dtype=torch.uint8), **NESTED) | {
+def nested_parts():
+    """The same linear of 128 weights with nested scales."""
+    return four_bits(absmax=torch.zeros(2, dtype=torch.uint8), **NESTED) | {
         "weight.nested_absmax": torch.ones(1),
         "weight.nested_quant_map": codebook.dynamic_map().clone(),
     }
+
+
+@pytest.mark.parametrize("part", ["weight.quant_map", "weight.nested_quant_map", "weight.nested_absmax"])
+def test_every_table_of_a_nest_has_its_size(stored, part):
+    """With nested scales all tables must be there in full, the one of the codes, too."""
+    parts = nested_parts()
     scheme = CodebookScheme("nf4", nested=True)
     assert BNB_4BIT.contradiction(stored(parts), "m.up", scheme) == ""
 
     parts[part] = torch.ones(len(parts[part]) + 1)
     assert BNB_4BIT.contradiction(stored(parts), "m.up", scheme).startswith(f"needs {part} F32")
+
+
+@pytest.mark.parametrize("layout", [AWQ_GEMM, BNB_4BIT, BNB_8BIT], ids=["awq", "4 bits", "8 bits"])
+def test_parts_come_by_the_loader_given(stored, layout):
+    """Whoever brings a loader is asked for every part that weights are decoded from, each once."""
+    parts = {AWQ_GEMM: awq_parts()[1], BNB_4BIT: nested_parts(), BNB_8BIT: eight_bits()}[layout]
+    needed = {f"m.up.{part}" for part in parts if "quant_state" not in part}
+    needed -= {"m.up.weight.quant_map", "m.up.weight_format"}  # what decides nothing
+    artifact = stored(parts)
+    asked = []
+
+    layout.read(artifact, "m.up", Scheme(4, 8), lambda name: asked.append(name) or artifact.load(name))
+    assert sorted(asked) == sorted(needed)

@@ -13,7 +13,14 @@ import torch
 
 from fixtures.core import codebook, metrics
 from fixtures.core.codebook import CodebookQuantized, CodebookScheme
-from fixtures.core.pseudo_quantize import NARROWEST_RANGE, Quantized, Scheme, encode, pseudo_quantize_tensor
+from fixtures.core.pseudo_quantize import (
+    NARROWEST_RANGE,
+    Quantized,
+    Scheme,
+    encode,
+    pseudo_dequantize_tensor,
+    pseudo_quantize_tensor,
+)
 from fixtures.core.rounding import side
 from fixtures.formats import bnb_4bit
 
@@ -127,6 +134,25 @@ def test_narrowest_scale():
     assert float(pseudo_quantize_tensor(zeros, Scheme(4, 4)).scales) == pytest.approx(1e-5 / 15, rel=1e-6)
     assert float(pseudo_quantize_tensor(zeros, Scheme(3, 4, zero_point=False)).scales) == pytest.approx(1e-5 / 3)
     assert NARROWEST_RANGE == 1e-5
+
+
+def test_zero_point_is_a_code():
+    """Among the smallest numbers fp16 rounds a scale down so far that 0 would lie a code past the last."""
+    unit = 2.0**-24  # fp16's smallest number: the scale, 11.49 of it, becomes 11, and -15 x 11.49 / 11 rounds to -16
+    weight = torch.tensor([[-15 * 11.49 * unit, 0.0]])
+    quantized = pseudo_quantize_tensor(weight, Scheme(4, 2), scale_dtype=torch.float16)
+
+    assert float(quantized.scales) == 11 * unit
+    assert quantized.zeros.tolist() == [[15]]
+    assert quantized.codes.tolist() == [[0, 15]]
+    assert quantized.weight.tolist() == [[-15 * 11 * unit, 0.0]]
+
+
+def test_zero_points_of_any_size():
+    """Zero points are whole numbers of 16 bits; what is read is judged as it is, 2049 as well, which fp16 lacks."""
+    codes, zeros = torch.tensor([[2050, 0]], dtype=torch.int16), torch.tensor([[2049]], dtype=torch.int16)
+
+    assert pseudo_dequantize_tensor(codes, torch.tensor([[0.5]]), zeros).tolist() == [[0.5, -1024.5]]
 
 
 @pytest.mark.parametrize("zero_point", [True, False])
@@ -358,3 +384,16 @@ def test_16_bit_weights_in_blocks(kind):
     assert (ours.codes.dtype, ours.absmax.dtype) == (torch.int16, torch.float32)
     assert torch.equal(ours.codes, plain.codes)
     assert torch.equal(ours.absmax, plain.absmax)
+
+
+@pytest.mark.parametrize("slack", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_tables_go_where_the_weight_is(kind, slack, monkeypatch):
+    """A weight on another device is decoded and judged there, though tables are made on the CPU."""
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: 0)  # a device without numbers has none to count
+    weight, absmax = torch.zeros(2, 64, device="meta"), torch.ones(2, device="meta")
+    quantized = CodebookQuantized(weight.short(), absmax, CodebookScheme(kind), absmax if slack else None)
+    found = quantized.rounding(weight)
+
+    judged_there = (found.error, found.end_error, found.clipped, found.expected, found.scale_ratio)
+    assert {t.device.type for t in (quantized.weight, *judged_there)} == {"meta"}
