@@ -130,6 +130,34 @@ def test_failing_tests(plant):
     assert "without any mutant the tests fail: ['test_planted.py::test_broken']" in printed
 
 
+def test_trials_that_fail_without_a_mutant(plant):
+    """Tests that pass by themselves but fail wherever a mutant is tried would kill all of them: an error, too."""
+    code, printed, said = plant(POSITIVE, f"import sys\n{NOTICES}\n    assert not sys.dont_write_bytecode\n")
+
+    assert (code, said) == (2, {})
+    assert "without any mutant the trial fails: test_planted.py::test_positive" in printed
+
+
+ONCE = """import sys, types
+
+assert not hasattr(sys, "here_before"), "imported again"
+sys.here_before = True
+sys.modules["once.inner"] = types.ModuleType("once.inner")  # without a file, as some of torch's
+"""
+
+
+def test_an_environment_in_the_project(plant, tmp_path, monkeypatch):
+    """What is installed in a virtual environment inside the project is imported once: torch refuses a second time."""
+    packages = tmp_path / ".tox" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "once.py").write_text(ONCE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    _, printed, said = plant(POSITIVE, f"import once\n{NOTICES}")
+
+    assert said, printed
+    assert survivors(said) == [("if x < 0:", "if x <= 0:")]
+
+
 def test_justified(plant):
     """A mutant that survives with a reason is counted apart."""
     code, printed, said = plant(POSITIVE, NOTICES, ENTRY.format(before="if x < 0:", after="if x <= 0:"))
