@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from fixtures.adapters import ADAPTERS
@@ -252,6 +253,16 @@ def test_talker_feeds_are_what_it_reads(engine: SpeechEngine, sample: Sample, ma
     torch.testing.assert_close(together.last_hidden_state, step_by_step, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def batching(engine: SpeechEngine) -> SpeechEngine:
+    """The engine, where transformers can speak to several at once."""
+    try:
+        engine.listen(TEXTS[:2], HEARD)
+    except NotImplementedError:
+        pytest.skip(f"transformers {transformers.__version__} speaks to one at a time")
+    return engine
+
+
 def alike(one: Sequence[Reply], other: Sequence[Reply]) -> None:
     """Assert that two lists of replies are the same but for what another order of adding moves."""
     assert len(one) == len(other)
@@ -262,49 +273,67 @@ def alike(one: Sequence[Reply], other: Sequence[Reply]) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["as installed", "with its mask"])
-def test_replies_begun_together(engine: SpeechEngine, masked: bool) -> None:
+def test_replies_begun_together(batching: SpeechEngine, masked: bool) -> None:
     """Samples that are spoken to together are replied to as each by itself, however early one of them ends."""
     longest = LONGEST_TEXT, LONGEST_SPEECH
-    with mask_delivered(engine.model.talker) if masked else nullcontext():
-        apart = [reply for sample in PICTURES for reply in engine.listen([sample], longest)]
-        alike(engine.listen(PICTURES, longest), apart)
+    with mask_delivered(batching.model.talker) if masked else nullcontext():
+        apart = [reply for sample in PICTURES for reply in batching.listen([sample], longest)]
+        alike(batching.listen(PICTURES, longest), apart)
     assert len({reply.embeddings.shape[1] for reply in apart}) > 1
     at = [None if reply.positions is None else reply.positions[..., : reply.prompt].tolist() for reply in apart]
     assert at == [None] * 3 or at[0] != at[2]
 
 
-def test_mute_among_others(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mute_among_others(batching: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample to which the thinker says nothing is left out of those that are spoken to together, as by itself."""
-    first = [engine.take(sample, longest=(2, 2)).text[0] for sample in TEXTS]
+    first = [batching.take(sample, longest=(2, 2)).text[0] for sample in TEXTS]
     mute = [token == first[0] for token in first]
     assert 0 < sum(mute) < len(TEXTS)
-    monkeypatch.setattr(engine.model.thinker.generation_config, "eos_token_id", [first[0]])
-    monkeypatch.setattr(engine, "turn_ends", [first[0]])
-    apart = [engine.listen([sample], HEARD) for sample in TEXTS]
+    monkeypatch.setattr(batching.model.thinker.generation_config, "eos_token_id", [first[0]])
+    monkeypatch.setattr(batching, "turn_ends", [first[0]])
+    apart = [batching.listen([sample], HEARD) for sample in TEXTS]
     assert [not replies for replies in apart] == mute
-    alike(engine.listen(TEXTS, HEARD), [reply for replies in apart for reply in replies])
+    alike(batching.listen(TEXTS, HEARD), [reply for replies in apart for reply in replies])
 
 
-def test_all_mute(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_mute(batching: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the thinker says nothing to any of several samples, no reply comes, and nothing crashes."""
-    monkeypatch.setattr(engine.model.thinker.generation_config, "eos_token_id", list(range(1000)))
-    assert engine.listen(TEXTS, HEARD) == []
+    monkeypatch.setattr(batching.model.thinker.generation_config, "eos_token_id", list(range(1000)))
+    assert batching.listen(TEXTS, HEARD) == []
 
 
-def test_versions_that_speak_to_one(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers refuses to speak to several, each is spoken to by itself."""
-    together = list(talker_replies(engine, TEXTS))
-    own, refused = engine.model.generate, []
+@pytest.mark.parametrize(
+    "refusal",
+    [NotImplementedError("no batched inference"), torch.OutOfMemoryError("out of memory")],
+    ids=["old", "full"],
+)
+def test_replies_that_cannot_be_begun_together(
+    engine: SpeechEngine, refusal: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers refuses several samples, or there is no room for them, each is spoken to by itself."""
+    apart = [reply for sample in TEXTS for reply in engine.listen([sample], HEARD)]
+    own, refused = engine.model.thinker.generate, []
 
     def generate(**kwargs: Any) -> Any:
         if len(kwargs["input_ids"]) > 1:
             refused.append(len(kwargs["input_ids"]))
-            raise NotImplementedError("no batched inference with audio output")
+            raise refusal
         return own(**kwargs)
 
-    monkeypatch.setattr(engine.model, "generate", generate)
-    alike(list(talker_replies(engine, TEXTS)), together)
+    monkeypatch.setattr(engine.model.thinker, "generate", generate)
+    alike(list(talker_replies(engine, TEXTS)), apart)
     assert refused == [len(TEXTS)]
+
+
+def test_no_room_for_one(engine: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out over a single sample is no silence: it is said."""
+
+    def generate(**_kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine.model.thinker, "generate", generate)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(talker_replies(engine, [TEXT]))
 
 
 def test_feeds_need_speech(engine: SpeechEngine) -> None:

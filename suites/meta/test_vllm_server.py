@@ -140,7 +140,8 @@ def test_killed_parent_leaves_nothing(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from fixtures.engines.process import Guarded\n"
         f"p = Guarded([sys.executable, {str(FAKE)!r}, 'hangs', '--port', '1'], Path({str(tmp_path / 'log')!r}),"
         f" {dict(os.environ)!r}, Path({str(tmp_path)!r}))\n"
-        "time.sleep(0.7); print(p.pid, *p.pids(), flush=True); time.sleep(600)"
+        "while len({p.pid, *p.pids()}) < 3: time.sleep(0.05)\n"
+        "print(p.pid, *p.pids(), flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=FAKE.parents[2])
     assert parent.stdout is not None
@@ -152,6 +153,23 @@ def test_killed_parent_leaves_nothing(tmp_path: Path) -> None:
     while not gone(pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert gone(pids)
+
+
+def test_process_without_its_main_thread_is_ended() -> None:
+    """A process whose main thread has ended, which looks like a zombie, lives as long as another thread of it does."""
+    code = (
+        "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "print(flush=True); ctypes.CDLL(None).pthread_exit(None)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert command.stdout is not None
+    command.stdout.readline()
+    stat = Path(f"/proc/{command.pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert process.session_pids(command.pid) == {command.pid}
+    process.kill_session(command.pid)
+    assert command.wait(60) == -signal.SIGKILL
 
 
 def test_dead_server_is_started_anew(tiny_reference: Checkpoint, tmp_path: Path) -> None:
