@@ -21,7 +21,7 @@ from fixtures.core.errors import CheckpointError
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
-from fixtures.faults.editing import copied
+from fixtures.faults.editing import copied, edit_json
 from fixtures.fresh import in_fresh_process
 from fixtures.quantizers import Job, _arrived, calibration
 from fixtures.quantizers.activation_aware import capture, engine, load_outline, load_whole, outline, quantize_layers
@@ -35,11 +35,31 @@ def view_of(folder: Path) -> HubView:
     return HubView(checkpoint, adapter_for(checkpoint))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
-def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype) -> None:
+def saved_again(family: str, folder: Path) -> Path:
+    """A shipped checkpoint whose config names a dtype for each part, as transformers writes it when it saves."""
+    saved = copied(shipped(f"{family}-tiny"), folder / "saved")
+
+    def name_dtypes(config: dict[str, Any]) -> None:
+        parts = [part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)]
+        assert len(parts) > 1
+        for part in parts:
+            part["dtype"] = "bfloat16"
+
+    edit_json(saved, "config.json", name_dtypes)
+    return saved
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+every_family = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
+saved_or_not = pytest.mark.parametrize("saved", [False, True], ids=["shipped", "saved again"])
+
+
+@every_dtype
+@every_family
+@saved_or_not
+def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype, saved: bool, tmp_path: Path) -> None:
     """What an outline loads, buffers and the layers that come one by one are what transformers' own loading gives."""
-    reference = view_of(shipped(f"{family}-tiny"))
+    reference = view_of(saved_again(family, tmp_path) if saved else shipped(f"{family}-tiny"))
     adapter, config = reference.adapter, reference.checkpoint.config
     whole = load_model(reference.checkpoint, adapter, dtype)
     model = load_outline(reference, dtype)
@@ -67,9 +87,8 @@ def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype) -> No
     assert buffers, "no model has rotary embeddings?"
 
 
-def check_whole(family: str, dtype: torch.dtype) -> None:
+def check_whole(reference: HubView, dtype: torch.dtype) -> None:
     """A model that a thread reads is what transformers' own loading gives: tensors, buffers, settings and voices."""
-    reference = view_of(shipped(f"{family}-tiny"))
     wanted, found = load_model(reference.checkpoint, reference.adapter, dtype), load_whole(reference, dtype)()
     for one, other in (
         (dict(wanted.named_parameters()), dict(found.named_parameters())),
@@ -87,11 +106,12 @@ def check_whole(family: str, dtype: torch.dtype) -> None:
     assert not found.training
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
-def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype) -> None:
+@every_dtype
+@every_family
+@saved_or_not
+def test_whole_model_read_by_a_thread(family: str, dtype: torch.dtype, saved: bool, tmp_path: Path) -> None:
     """It is the one that transformers loads."""
-    check_whole(family, dtype)
+    check_whole(view_of(saved_again(family, tmp_path) if saved else shipped(f"{family}-tiny")), dtype)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +133,7 @@ def test_a_tensor_read_wrongly_is_seen(fault: Callable[..., dict[str, Any]], mon
 
     monkeypatch.setattr(outline, "_read_all", read)
     with pytest.raises(AssertionError, match=r"layers\.1\.mlp\.(up|gate)_proj"):
-        check_whole("qwen2_5_vl", torch.float32)
+        check_whole(view_of(shipped("qwen2_5_vl-tiny")), torch.float32)
 
 
 def test_a_model_that_is_given_up_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
