@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 from fixtures.adapters import ADAPTERS
@@ -16,6 +17,10 @@ from fixtures.formats import format_of
 from fixtures.quantizers import bits_and_bytes
 
 VL, OMNI = ADAPTERS["qwen2_5_vl"], ADAPTERS["qwen2_5_omni"]
+NEEDED = pytest.mark.skipif(
+    bits_and_bytes.find_spec("bitsandbytes") is None,
+    reason='bitsandbytes is not installed: pip install "quantproof[bnb]"',
+)
 SHARD_BYTES = 500_000  # several shards
 
 

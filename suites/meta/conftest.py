@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fixtures.quantizers.cache import cached_artifact
 from fixtures.subjects import shipped
 from fixtures.verifying import Verify
 from suites.meta.answering import listener
+from suites.meta.bnb_audit import made_once
 from suites.meta.browsing import WIDE, started
 
 SUBJECT = "qwen2_5_vl-tiny"
@@ -39,6 +41,12 @@ def good_artifact(tiny_reference: Checkpoint, selection: Selection) -> Path:
     samples = calibration.built_in(ADAPTERS["qwen2_5_vl"])
     recipe = recipe_for("awq", None, calibration=calibration.digest(samples))
     return cached_artifact(tiny_reference, recipe, samples, selection.cache)
+
+
+@pytest.fixture(scope="session")
+def bnb_artifacts(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """An artifact of the shipped reference by bitsandbytes' kind, made once; never to be changed, only copied."""
+    return partial(made_once, tiny_reference, tmp_path_factory.mktemp("bnb"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,10 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.faults import bnb as faults
 from fixtures.faults import linears
 from fixtures.faults.editing import copied
-from fixtures.quantizers import bits_and_bytes
 from fixtures.verifying import Verify
-from suites.meta.bnb_audit import VL, Audit, audit, differing, made_once, skip_list
+from suites.meta.bnb_audit import NEEDED, VL, Audit, audit, differing, skip_list
 
-pytestmark = pytest.mark.skipif(
-    bits_and_bytes.find_spec("bitsandbytes") is None,
-    reason='bitsandbytes is not installed: pip install "quantproof[bnb]"',
-)
-
-
-@pytest.fixture(scope="module")
-def artifacts(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """An artifact of the shipped reference by kind, made once; never to be changed, only copied."""
-    return partial(made_once, tiny_reference, tmp_path_factory.mktemp("bnb"))
-
+pytestmark = NEEDED
 
 FLAW, CONTRADICTION, SHAPE = "flaws", "contradictions", "misshapen"
 PLANTED: list[tuple[str, Callable[[Path], None], str]] = [
@@ -118,16 +106,16 @@ def test_fault_is_seen(
     kind: str,
     fault: Callable[[Path], None],
     quantity: str,
-    artifacts: Callable[[str], Path],
+    bnb_artifacts: Callable[[str], Path],
     tiny_reference: Checkpoint,
     tmp_path: Path,
 ) -> None:
     """What holds of a good artifact holds no longer once a fault is planted."""
     holds = HOLDS[quantity]
-    damaged = copied(artifacts(kind), tmp_path / "damaged")
+    damaged = copied(bnb_artifacts(kind), tmp_path / "damaged")
     fault(damaged)
 
-    assert holds(audit(tiny_reference, artifacts(kind)))
+    assert holds(audit(tiny_reference, bnb_artifacts(kind)))
     assert not holds(audit(tiny_reference, damaged))
 
 
@@ -152,10 +140,10 @@ def after_forward(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathF
 
 
 def test_saving_after_a_forward_keeps_the_weights(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], verify: Verify
+    bnb_artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], verify: Verify
 ) -> None:
     """A model that has run once is saved as one that has not: the same tensors, bit for bit."""
-    before, after = Checkpoint(artifacts("bnb-nf4")), after_forward("bnb-nf4")
+    before, after = Checkpoint(bnb_artifacts("bnb-nf4")), after_forward("bnb-nf4")
     changed = [
         f"{name}: {before.tensors[name].dtype} {list(before.tensors[name].shape)} became "
         f"{after.tensors[name].dtype} {list(after.tensors[name].shape)}"
@@ -171,10 +159,10 @@ def skip_if_kept(artifact: Path, after: Checkpoint) -> None:
 
 
 def test_audit_sees_what_a_forward_did(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tiny_reference: Checkpoint
+    bnb_artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tiny_reference: Checkpoint
 ) -> None:
     """What saving after a forward does to weights is far beyond what rounding explains, and a flaw says why."""
-    skip_if_kept(artifacts("bnb-nf4"), after_forward("bnb-nf4"))
+    skip_if_kept(bnb_artifacts("bnb-nf4"), after_forward("bnb-nf4"))
     found = audit(tiny_reference, after_forward("bnb-nf4").path)
 
     assert found.largest_error > 10
@@ -184,21 +172,21 @@ def test_audit_sees_what_a_forward_did(
 
 
 def test_planted_fault_is_the_real_one(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tmp_path: Path
+    bnb_artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
     """The fault that is planted by bytes is what the library does, bit for bit."""
-    skip_if_kept(artifacts("bnb-nf4"), after_forward("bnb-nf4"))
-    planted = copied(artifacts("bnb-nf4"), tmp_path / "planted")
+    skip_if_kept(bnb_artifacts("bnb-nf4"), after_forward("bnb-nf4"))
+    planted = copied(bnb_artifacts("bnb-nf4"), tmp_path / "planted")
     faults.as_after_a_forward(planted)
 
     assert differing(Checkpoint(planted), after_forward("bnb-nf4")) == []
 
 
 def test_audit_sees_what_a_forward_did_to_nested_scales(
-    artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tiny_reference: Checkpoint
+    bnb_artifacts: Callable[[str], Path], after_forward: Callable[[str], Checkpoint], tiny_reference: Checkpoint
 ) -> None:
     """With double quantization absmax is in place but rounded twice more: too little to hurt, and seen all the same."""
-    skip_if_kept(artifacts("bnb-nf4-dq"), after_forward("bnb-nf4-dq"))
+    skip_if_kept(bnb_artifacts("bnb-nf4-dq"), after_forward("bnb-nf4-dq"))
     found = audit(tiny_reference, after_forward("bnb-nf4-dq").path)
 
     assert found.flaws == []

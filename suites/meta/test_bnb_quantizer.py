@@ -9,7 +9,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,17 @@ from fixtures.formats import format_of
 from fixtures.quantizers import bits_and_bytes
 from fixtures.quantizers.artifact import side_files
 from fixtures.quantizers.bits_and_bytes import KINDS
-from suites.meta.bnb_audit import LINEAR, OMNI, VL, audit, differing, made_once, skip_list
+from suites.meta.bnb_audit import LINEAR, NEEDED, OMNI, VL, audit, differing, skip_list
 
-pytestmark = pytest.mark.skipif(
-    bits_and_bytes.find_spec("bitsandbytes") is None,
-    reason='bitsandbytes is not installed: pip install "quantproof[bnb]"',
-)
-
-
-@pytest.fixture(scope="module")
-def artifacts(tiny_reference: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """An artifact of the shipped reference by kind, made once; never to be changed, only copied."""
-    return partial(made_once, tiny_reference, tmp_path_factory.mktemp("bnb"))
-
+pytestmark = NEEDED
 
 # A good artifact
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_within_theory(kind: str, artifacts: Callable[[str], Path], tiny_reference: Checkpoint) -> None:
+def test_within_theory(kind: str, bnb_artifacts: Callable[[str], Path], tiny_reference: Checkpoint) -> None:
     """Every linear of the decoder is quantized, within the bounds that theory gives in every respect."""
-    found = audit(tiny_reference, artifacts(kind))
+    found = audit(tiny_reference, bnb_artifacts(kind))
 
     assert found.quantized == {
         linear.name for linear in HubView(tiny_reference, VL).linears if linear.name.startswith("model.layers.")
@@ -62,9 +51,9 @@ def test_within_theory(kind: str, artifacts: Callable[[str], Path], tiny_referen
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rest_is_the_reference_s(kind: str, artifacts: Callable[[str], Path], tiny_reference: Checkpoint) -> None:
+def test_rest_is_the_reference_s(kind: str, bnb_artifacts: Callable[[str], Path], tiny_reference: Checkpoint) -> None:
     """What was not quantized is the reference's, bit for bit and under the hub's names; nothing is lost or added."""
-    artifact = Checkpoint(artifacts(kind))
+    artifact = Checkpoint(bnb_artifacts(kind))
     layout = format_of(artifact)
     coded = layout.quantized(artifact.tensors)
     kept = {name for name in tiny_reference.tensors if name.removesuffix(".weight") not in coded}
@@ -77,9 +66,9 @@ def test_rest_is_the_reference_s(kind: str, artifacts: Callable[[str], Path], ti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files(kind: str, artifacts: Callable[[str], Path], tiny_reference: Checkpoint) -> None:
+def test_files(kind: str, bnb_artifacts: Callable[[str], Path], tiny_reference: Checkpoint) -> None:
     """Side files are the reference's, config.json is but for its quantization, and a record says what was done."""
-    folder = artifacts(kind)
+    folder = bnb_artifacts(kind)
     config = json.loads((folder / "config.json").read_text())
     quantization = config.pop("quantization_config")
 
@@ -97,22 +86,22 @@ def test_files(kind: str, artifacts: Callable[[str], Path], tiny_reference: Chec
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_by_the_library_alone(
-    kind: str, artifacts: Callable[[str], Path], tiny_reference: Checkpoint, tmp_path: Path
+    kind: str, bnb_artifacts: Callable[[str], Path], tiny_reference: Checkpoint, tmp_path: Path
 ) -> None:
     """Users who load and save by themselves have the same tensors, bit for bit."""
     bits_and_bytes.quantize_and_save(tiny_reference, VL, KINDS[kind], tmp_path, skip=skip_list(tiny_reference))
 
-    assert differing(Checkpoint(artifacts(kind)), Checkpoint(tmp_path)) == []
+    assert differing(Checkpoint(bnb_artifacts(kind)), Checkpoint(tmp_path)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reloads(kind: str, artifacts: Callable[[str], Path]) -> None:
+def test_reloads(kind: str, bnb_artifacts: Callable[[str], Path]) -> None:
     """Transformers loads the artifact and computes what our decoder says its weights are.
 
     With the CPU's own 4-bit kernels, which round absmax to bfloat16, and with int8's rounded activations nearly so;
     without them to the last bit.
     """
-    artifact = Checkpoint(artifacts(kind))
+    artifact = Checkpoint(bnb_artifacts(kind))
     prompt = {"input_ids": torch.arange(1, 60)[None]}
     ours = log_probabilities(load_model(artifact, VL, torch.bfloat16), prompt)
     quiet_transformers()

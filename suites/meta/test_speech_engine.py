@@ -128,7 +128,7 @@ def test_recorded_is_what_generate_does(engine: SpeechEngine, said: dict[str, Sp
     try:
         with listening(model.talker.codec_head) as logits, torch.random.fork_rng():
             sequences, wave = model.generate(
-                **engine._inputs([sample]),
+                **engine._inputs([engine.encoded(sample)]),
                 thinker_max_new_tokens=len(free.text),
                 talker_max_new_tokens=len(free.codes) + 1,
                 talker_eos_token_id=engine.ends,
@@ -151,7 +151,7 @@ def test_the_voice_is_that_of_generate(engine: SpeechEngine, said: dict[str, Spe
     with torch.random.fork_rng(), listening(model.token2wav) as waves:
         torch.manual_seed(0)
         _, wave = model.generate(
-            **engine._inputs([TEXT]),
+            **engine._inputs([engine.encoded(TEXT)]),
             thinker_max_new_tokens=len(free.text),
             talker_max_new_tokens=len(free.codes) + free.ended,
             talker_eos_token_id=engine.ends,
@@ -253,11 +253,16 @@ def test_talker_feeds_are_what_it_reads(engine: SpeechEngine, sample: Sample, ma
     torch.testing.assert_close(together.last_hidden_state, step_by_step, rtol=1e-4, atol=1e-4)
 
 
+def listened(engine: SpeechEngine, samples: Sequence[Sample], longest: tuple[int, int]) -> list[Reply]:
+    """Replies to samples of one length, begun together."""
+    return engine.listen([engine.encoded(sample) for sample in samples], longest)
+
+
 @pytest.fixture(scope="module")
 def batching(engine: SpeechEngine) -> SpeechEngine:
     """The engine, where transformers can speak to several at once."""
     try:
-        engine.listen(TEXTS[:2], HEARD)
+        listened(engine, TEXTS[:2], HEARD)
     except NotImplementedError:
         pytest.skip(f"transformers {transformers.__version__} speaks to one at a time")
     return engine
@@ -277,8 +282,8 @@ def test_replies_begun_together(batching: SpeechEngine, masked: bool) -> None:
     """Samples that are spoken to together are replied to as each by itself, however early one of them ends."""
     longest = LONGEST_TEXT, LONGEST_SPEECH
     with mask_delivered(batching.model.talker) if masked else nullcontext():
-        apart = [reply for sample in PICTURES for reply in batching.listen([sample], longest)]
-        alike(batching.listen(PICTURES, longest), apart)
+        apart = [reply for sample in PICTURES for reply in listened(batching, [sample], longest)]
+        alike(listened(batching, PICTURES, longest), apart)
     assert len({reply.embeddings.shape[1] for reply in apart}) > 1
     at = [None if reply.positions is None else reply.positions[..., : reply.prompt].tolist() for reply in apart]
     assert at == [None] * 3 or at[0] != at[2]
@@ -291,15 +296,15 @@ def test_mute_among_others(batching: SpeechEngine, monkeypatch: pytest.MonkeyPat
     assert 0 < sum(mute) < len(TEXTS)
     monkeypatch.setattr(batching.model.thinker.generation_config, "eos_token_id", [first[0]])
     monkeypatch.setattr(batching, "turn_ends", [first[0]])
-    apart = [batching.listen([sample], HEARD) for sample in TEXTS]
+    apart = [listened(batching, [sample], HEARD) for sample in TEXTS]
     assert [not replies for replies in apart] == mute
-    alike(batching.listen(TEXTS, HEARD), [reply for replies in apart for reply in replies])
+    alike(listened(batching, TEXTS, HEARD), [reply for replies in apart for reply in replies])
 
 
 def test_all_mute(batching: SpeechEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the thinker says nothing to any of several samples, no reply comes, and nothing crashes."""
     monkeypatch.setattr(batching.model.thinker.generation_config, "eos_token_id", list(range(1000)))
-    assert batching.listen(TEXTS, HEARD) == []
+    assert listened(batching, TEXTS, HEARD) == []
 
 
 @pytest.mark.parametrize(
@@ -311,7 +316,7 @@ def test_replies_that_cannot_be_begun_together(
     engine: SpeechEngine, refusal: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where transformers refuses several samples, or there is no room for them, each is spoken to by itself."""
-    apart = [reply for sample in TEXTS for reply in engine.listen([sample], HEARD)]
+    apart = [reply for sample in TEXTS for reply in listened(engine, [sample], HEARD)]
     own, refused = engine.model.thinker.generate, []
 
     def generate(**kwargs: Any) -> Any:
