@@ -78,7 +78,7 @@ def test_outline_and_layers_are_the_model(family: str, dtype: torch.dtype, saved
     compare(iter(model.state_dict().items()), wanted)
     compare(adapter.answering(model).named_buffers(), dict(adapter.answering(whole).named_buffers()))
     path = next(path for path in decoder.paths if path in dict(model.named_modules()))
-    for layer, module, stored in outline.resident_layers(decoder.modules(model), decoder, reference, home):
+    for layer, module, stored in outline.resident_layers(decoder.modules(model), decoder.layers, reference, home):
         compare(((f"{path}.{layer.index}.{name}", t) for name, t in module.state_dict().items()), wanted)
         assert all(torch.equal(tensor, reference.load(layer.prefix + name)) for name, tensor in stored.items())
     inside = next(name for name, module in whole.named_modules() if module is adapter.answering(whole))
