@@ -47,19 +47,22 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
-def test_the_artifact_of_one_process(family: str, tmp_path: Path) -> None:
+def test_the_artifact_of_one_process(family: str, kind: str, tmp_path: Path) -> None:
     """Two processes write, tensor by tensor and file by file, what one writes; of Omni the talker, too."""
+    devices = ["cpu", "cpu"] if kind == "cpu" else ["cuda:0", f"cuda:{torch.cuda.device_count() - 1}"]
     reference = Checkpoint(shipped(f"{family}-tiny"))
     samples = calibration.built_in(adapter_for(reference), 2)
     told: list[tuple[str, int, int]] = []
-    quantize(reference, Recipe("awq"), samples, tmp_path / "one")
+    quantize(reference, Recipe("awq"), samples, tmp_path / "one", device=devices[0])
     quantize(
         reference,
         Recipe("awq"),
         samples,
         tmp_path / "two",
-        beside=["cpu"],
+        device=devices[0],
+        beside=devices[1:],
         progress=lambda *said: told.append(said),
     )
     one, two = (HubView(each, adapter_for(each)) for each in map(Checkpoint, (tmp_path / "one", tmp_path / "two")))
