@@ -10,6 +10,7 @@
   const plot = figure.querySelector(".plot");
   const SHOWN = 200; // rows of the list
   let kinds, chosen;
+  let seen = false; // whether the chart came into view: drawing takes a second of a slow machine, which opening a page need not wait for
   let order = { by: "changes", down: true };
 
   const element = (tag, text, name) => {
@@ -130,7 +131,7 @@
   };
 
   const draw = () => {
-    if (!chosen) return;
+    if (!chosen || !seen) return;
     const { kind, series: s } = { kind: chosen.kind, series: chosen };
     const style = getComputedStyle(document.body);
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
@@ -242,19 +243,20 @@
     begin();
     addEventListener("hashchange", ofAddress);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-    // The first finding, or the first of the list, is drawn when the page has time or comes into view.
-    const first = () => {
-      const link = document.querySelector(".findings a[href^='#']") ?? body.querySelector("a");
-      const kind = kindNow();
-      const found = kind.series.find((s) => `#${s.a}` === link?.getAttribute("href"));
-      if (found && !chosen) choose(kind, found);
-    };
+    // The first finding, or the first of the list, has its room at once: nothing may move under a reader's hand when it is drawn.
+    const link = document.querySelector(".findings a[href^='#']") ?? body.querySelector("a");
+    const first = kindNow().series.find((s) => `#${s.a}` === link?.getAttribute("href"));
+    if (first) choose(kindNow(), first);
     if (location.hash.length > 1) addEventListener("load", () => setTimeout(ofAddress));
+    const show = () => {
+      seen = true;
+      draw();
+    };
     new IntersectionObserver((entries, self) => {
       if (!entries.some((entry) => entry.isIntersecting)) return;
       self.disconnect();
-      first();
-    }).observe(list);
-    addEventListener("beforeprint", first);
+      show();
+    }).observe(figure);
+    addEventListener("beforeprint", show);
   }
 }

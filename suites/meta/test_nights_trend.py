@@ -14,7 +14,7 @@ from reports.nights import trend
 from reports.nights.series import Key, Kind, Mark, Night, Points, Series, Verdict
 from reports.nights.trend_data import packed
 from reports.render import LARGEST
-from suites.meta.browsing import PATIENCE, PHONE, SECOND, WIDE, opening, until
+from suites.meta.browsing import LOW, PATIENCE, PHONE, SECOND, WIDE, opening, until
 from suites.meta.nightly import KIND, kl, names, noisy, series
 from suites.meta.pages import Page
 
@@ -157,6 +157,17 @@ def test_choosing(browse: Show) -> None:
     page.locator(".picked tbody a").first.click()
     until(page, "document.querySelector('.plot').dataset.drawn?.includes('mean-token-KL')")
     assert "+61.3 % from it" in page.locator(".finding").inner_text()
+
+
+def test_nothing_moves(browse: Show) -> None:
+    """Where the list lies does not change when it is scrolled to and the chart above it is drawn."""
+    page = browse(regressed(), LOW)
+    place = "document.querySelector('.list').offsetTop"
+    before = page.evaluate(place)
+    assert page.get_attribute(".plot", "data-drawn") is None
+    page.locator(".plot").scroll_into_view_if_needed()
+    drawn(page)
+    assert page.evaluate(place) == before
 
 
 def test_deep_link(browse: Show) -> None:
