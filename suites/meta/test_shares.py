@@ -16,12 +16,12 @@ from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_processor
 from fixtures.faults.editing import copied, edit_shard
-from fixtures.quantizers import Job, calibration, quantize
+from fixtures.quantizers import Job, _speaks, calibration, quantize
 from fixtures.quantizers.__main__ import main
 from fixtures.quantizers.activation_aware import engine, load_outline, outline, quantize_layers
 from fixtures.quantizers.artifact import ShardWriter
 from fixtures.quantizers.layers import QuantizedLayer
-from fixtures.quantizers.shares import PASSING, shares
+from fixtures.quantizers.shares import PASSING, Share, shares
 from fixtures.subjects import shipped
 
 
@@ -146,6 +146,24 @@ def test_devices_that_cannot_share(
     assert main([quantizer, "--reference", reference, "--out", str(tmp_path / "out"), "--device", device]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_devices_of_one_kind(tmp_path: Path) -> None:
+    """A GPU beside a CPU is refused: it would calibrate its share in another dtype."""
+    reference = Checkpoint(shipped("qwen2_5_vl-tiny"))
+    samples = calibration.built_in(adapter_for(reference), 1)
+    with pytest.raises(UserError, match=r"^cpu, cuda:0: devices of one kind are needed"):
+        quantize(reference, Recipe("awq"), samples, tmp_path / "out", beside=["cuda:0"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_share_without_a_talker() -> None:
+    """Where there are more devices than layers of the talker, who has none of them need not load it."""
+    checkpoint = Checkpoint(shipped("qwen2_5_omni-tiny"))
+    view = HubView(checkpoint, adapter_for(checkpoint))
+    speaking = [_speaks(Job(view, Recipe("awq"), (), share=Share(index, 8))) for index in range(8)]
+    assert speaking.count(True) == 3  # of three layers
+    assert not _speaks(Job(view, Recipe("awq", towers=("language_model",)), ()))
 
 
 def test_shards_of_others_are_adopted(tmp_path: Path) -> None:
