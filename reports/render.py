@@ -200,7 +200,7 @@ def shortened(text: str, characters: int) -> str:
 
 def duration(seconds: object) -> str:
     """Seconds as a person reads them: ``4 min 10 s``."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return str(seconds)
     if seconds < 0.01:
         return "< 0.01 s"

@@ -55,7 +55,7 @@ def parsed(text: str, path: Path) -> Run:
         UserError: when it is no results.json of this version.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_int=_integer)
         check_depth(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
@@ -66,6 +66,16 @@ def parsed(text: str, path: Path) -> Run:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is not a results.json: {reason}") from error
     return run
+
+
+def _integer(digits: str) -> int:
+    """An integer that can be drawn, compared and divided: as a float, too."""
+    number = int(digits)
+    try:
+        float(number)
+    except OverflowError:
+        raise ValueError(f"a number of {len(digits)} digits, which no float can be") from None
+    return number
 
 
 def write(path: Path, text: str) -> None:
@@ -134,8 +144,10 @@ def _check(run: Run) -> None:
             words += [table.title, *table.columns]
             if not all(isinstance(cell, str | int | float | None) for row in table.rows for cell in row):
                 raise TypeError(f"a table of other things than texts and numbers in {_name(result)}")
-        if not all(isinstance(word, str) for word in words) or not isinstance(result.seconds, int | float):
-            raise TypeError(f"a text or number of the wrong type in {_name(result)}")
+        if not isinstance(result.seconds, int | float) or not math.isfinite(result.seconds):
+            raise TypeError(f"{_name(result)} took no number of seconds")
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError(f"a text of the wrong type in {_name(result)}")
 
 
 def _name(result: Result) -> str:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 
 from fixtures.adapters import ADAPTERS
 from fixtures.adapters.view import HubView
+from fixtures.audit import settings
 from fixtures.core.checkpoint import INDEX, Checkpoint
-from fixtures.core.errors import UserError
+from fixtures.core.errors import CheckpointError, UserError
 from fixtures.core.recipe import Recipe
 from fixtures.faults.editing import copied, edit_json, edit_shard, edit_tensor
 from fixtures.quantizers import QUANTIZERS, Job, check_recipe, quantize, recipe_for
@@ -298,3 +299,16 @@ def test_calibration_file(tmp_path: Path) -> None:
 def _truncate(shard: Path) -> None:
     with shard.open("r+b") as stream:
         stream.truncate(shard.stat().st_size - 100)
+
+
+@pytest.mark.parametrize("value", ["512", None])
+def test_tokenizer_that_reads_no_text(value: str | None, tmp_path: Path) -> None:
+    """A tokenizer that only fails when it is used is refused in one line, too; one without a longest text is used."""
+    folder = copied(shipped("qwen2_5_vl-tiny"), tmp_path / "mine")
+    edit_json(folder, "tokenizer_config.json", lambda stored: stored.update(model_max_length=value))
+    read = settings.READERS["tokenizer"]
+    if value is None:
+        assert read(Checkpoint(folder))["probes"]
+        return
+    with pytest.raises(CheckpointError, match="mine: its tokenizer reads no text: "):
+        read(Checkpoint(folder))

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 from fixtures.core.errors import MOST_SAID, UserError, unknown
 from fixtures.core.files import check_depth, check_regular, read_text
 from fixtures.faults.broken.apart import Report, fuzz_apart
+from fixtures.faults.broken.folder import Broken
+from fixtures.faults.broken.judge import SECONDS, SLOW, Verdict
+from fixtures.faults.broken.reader import Reader
+from fixtures.faults.broken.run import judged
 from fixtures.verifying import Verify
 
 SHARE = os.environ.get("QUANTPROOF_FUZZ_SHARE", "1")
@@ -78,6 +83,29 @@ def test_sabotaged_reader(reader: str, sabotaged: Report) -> None:
     found: dict[str, Any] = next(tally for tally in sabotaged.tallies if tally["reader"] == reader)
     assert found["offending"] == 1
     assert SABOTAGE[reader] in found["offences"][0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [((1.2, 0.3), False), ((1.2, 1.1, 0.3), False), ((1.3, 1.1, 1.2, 0.3), True), ((0.3, 1.2), False)],
+)
+def test_slow_is_who_is_always_slow(seconds: tuple[float, ...], slow: bool) -> None:
+    """An input that once took long because others computed is no offence; one that takes long in three tries is."""
+    tried = iter(seconds)
+    given: list[str] = []
+
+    def judge(read: object, broken: Broken, *, elsewhere: bool = False) -> Verdict:
+        given.append(broken.what)
+        if broken.what == "nothing":
+            return Verdict(False, 0.1)
+        took = next(tried)
+        return Verdict(True, took, f"{SLOW}: {took} s" if took > SECONDS else "")
+
+    reader = Reader("reader", lambda folder: None, {}, st.nothing(), 1)
+    verdict = judged(reader, judge, Broken({}, "hostile"))
+    assert verdict.slow == slow
+    assert verdict.seconds == min(seconds[: given.count("hostile")])
+    assert given[1::2] == ["nothing"] * (len(given) // 2), "what a reader remembers makes its next try quicker"
 
 
 def test_reader_that_brings_the_process_down(sabotaged: Report) -> None:

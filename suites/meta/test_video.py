@@ -45,6 +45,21 @@ def test_animation(tmp_path: Path) -> None:
     assert greys(read_video(tmp_path / "a.png")) == [0]
 
 
+def test_animation_that_lies(tmp_path: Path) -> None:
+    """An animation of more pixels than its bytes can hold is refused before it fills the memory; a large one is not."""
+    first, second = (Image.new("L", (4500, 4000), grey) for grey in (0, 100))
+    first.save(tmp_path / "large.gif", save_all=True, append_images=[second])
+    assert greys(read_video(tmp_path / "large.gif")) == [0, 100]
+    small, other = picture(0), picture(100)
+    small.save(tmp_path / "lies.gif", save_all=True, append_images=[other])
+    content = bytearray((tmp_path / "lies.gif").read_bytes())
+    content[6:10] = (14136).to_bytes(2, "little") + (2145).to_bytes(2, "little")  # its screen
+    (tmp_path / "lies.gif").write_bytes(content)
+    size = len(content)
+    with pytest.raises(UserError, match=f"lies.gif: says that it has 30321720 pixels, which {size} bytes do not hold"):
+        read_video(tmp_path / "lies.gif")
+
+
 def capture_of(count: int, rate: float) -> Any:
     """OpenCV as far as it is used, with a film of so many frames whose blue counts them."""
 
