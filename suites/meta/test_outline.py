@@ -189,14 +189,14 @@ def test_no_room_beside_the_search() -> None:
     assert _arrived(None, lambda: lambda: "late") == "late"
 
 
-def quantizing(model: nn.Module, reference: HubView) -> Iterator[Any]:
+def quantizing(model: nn.Module, reference: HubView, chosen: range | None = None) -> Iterator[Any]:
     """The engine at work on an outline of the shipped VL checkpoint."""
     (decoder,) = reference.adapter.decoders(reference.checkpoint.config)
     samples = calibration.built_in(reference.adapter, 2)
     processor = load_processor(reference.checkpoint)
     feeds = calibration.feeds(reference.adapter, model, processor, decoder, samples)
     to_quantize = Job(reference, Recipe("awq"), ()).to_quantize
-    return quantize_layers(model, reference, decoder, to_quantize, Scheme(), feeds)
+    return quantize_layers(model, reference, decoder, to_quantize, Scheme(), feeds, chosen)
 
 
 def most_in_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
@@ -280,3 +280,33 @@ def test_incomplete_references(change: Callable[[dict[str, Any]], Any], said: st
     save_file(tensors, mine / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=said):
         load_outline(view_of(mine), torch.float32)
+
+
+def some_layers(chosen: range) -> list[Any]:
+    """Some layers of the shipped VL checkpoint, quantized."""
+    reference = view_of(shipped("qwen2_5_vl-tiny"))
+    return list(quantizing(load_outline(reference, torch.float32), reference, chosen))
+
+
+def test_layers_before_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share is calibrated on what the layers before it answer: were they left out, its scales would be others."""
+    real = some_layers(range(2, 4))
+    monkeypatch.setattr(engine, "pass_on", lambda layer, calls: None)
+    left_out = some_layers(range(2, 4))
+    assert [layer.record["layer"] for layer in real] == [2, 3]
+    for one, other in zip(real, left_out, strict=True):
+        assert any(not torch.equal(scale, other.scales[name]) for name, scale in one.scales.items())
+
+
+def test_layers_after_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share reads no layer behind its last one."""
+    fetched: list[int] = []
+    real = outline._fetch
+
+    def fetch(*of: Any) -> Any:
+        fetched.append(of[-1].index)
+        return real(*of)
+
+    monkeypatch.setattr(outline, "_fetch", fetch)
+    assert [layer.record["layer"] for layer in some_layers(range(1, 2))] == [1]
+    assert fetched == [0, 1]

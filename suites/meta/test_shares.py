@@ -12,15 +12,11 @@ from fixtures.adapters import adapter_for
 from fixtures.adapters.view import HubView
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
-from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
-from fixtures.engines.loading import load_processor
 from fixtures.faults.editing import copied, edit_shard
-from fixtures.quantizers import Job, _speaks, calibration, quantize
+from fixtures.quantizers import Job, calibration, quantize
 from fixtures.quantizers.__main__ import main
-from fixtures.quantizers.activation_aware import engine, load_outline, outline, quantize_layers
 from fixtures.quantizers.artifact import ShardWriter
-from fixtures.quantizers.layers import QuantizedLayer
 from fixtures.quantizers.shares import PASSING, Share, shares
 from fixtures.subjects import shipped
 
@@ -78,42 +74,6 @@ def test_the_artifact_of_one_process(family: str, kind: str, tmp_path: Path) -> 
     assert told[-1][1] == told[-1][2] == {"qwen2_5_vl": 4, "qwen2_5_omni": 7}[family]
 
 
-def layers_of(chosen: range) -> list[QuantizedLayer]:
-    """Some layers of the shipped VL checkpoint, by the engine in this process."""
-    checkpoint = Checkpoint(shipped("qwen2_5_vl-tiny"))
-    reference = HubView(checkpoint, adapter_for(checkpoint))
-    (decoder,) = reference.adapter.decoders(checkpoint.config)
-    samples, processor = calibration.built_in(reference.adapter, 1), load_processor(checkpoint)
-    model = load_outline(reference, torch.float32)
-    feeds = calibration.feeds(reference.adapter, model, processor, decoder, samples)
-    to_quantize = Job(reference, Recipe("awq"), ()).to_quantize
-    return list(quantize_layers(model, reference, decoder, to_quantize, Scheme(), feeds, chosen))
-
-
-def test_layers_before_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share is calibrated on what the layers before it answer: were they left out, its scales would be others."""
-    real = layers_of(range(2, 4))
-    monkeypatch.setattr(engine, "pass_on", lambda layer, calls: None)
-    left_out = layers_of(range(2, 4))
-    assert [layer.record["layer"] for layer in real] == [2, 3]
-    for one, other in zip(real, left_out, strict=True):
-        assert any(not torch.equal(scale, other.scales[name]) for name, scale in one.scales.items())
-
-
-def test_layers_after_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share reads no layer behind its last one."""
-    fetched: list[int] = []
-    real = outline._fetch
-
-    def fetch(*of: Any) -> Any:
-        fetched.append(of[-1].index)
-        return real(*of)
-
-    monkeypatch.setattr(outline, "_fetch", fetch)
-    assert [layer.record["layer"] for layer in layers_of(range(1, 2))] == [1]
-    assert fetched == [0, 1]
-
-
 def test_a_share_that_fails(tmp_path: Path) -> None:
     """What is wrong with one process's layer is said in one line, the other is ended, and nothing is left."""
     damaged = copied(shipped("qwen2_5_vl-tiny"), tmp_path / "damaged")
@@ -161,9 +121,10 @@ def test_share_without_a_talker() -> None:
     """Where there are more devices than layers of the talker, who has none of them need not load it."""
     checkpoint = Checkpoint(shipped("qwen2_5_omni-tiny"))
     view = HubView(checkpoint, adapter_for(checkpoint))
-    speaking = [_speaks(Job(view, Recipe("awq"), (), share=Share(index, 8))) for index in range(8)]
-    assert speaking.count(True) == 3  # of three layers
-    assert not _speaks(Job(view, Recipe("awq", towers=("language_model",)), ()))
+    _, talker = view.adapter.decoders(checkpoint.config)
+    chosen = [Job(view, Recipe("awq"), (), share=Share(index, 8)).chosen(talker) for index in range(8)]
+    assert [bool(layers) for layers in chosen].count(True) == 3  # of three layers
+    assert not Job(view, Recipe("awq", towers=("language_model",)), ()).chosen(talker)
 
 
 def test_shards_of_others_are_adopted(tmp_path: Path) -> None:
