@@ -56,13 +56,27 @@ def _no_cut(fused: Any) -> None:
 
 
 def _nan_hidden(fused: Any) -> None:
-    real = fused.candidate
-    fused.candidate = lambda *of: real(*of).nan_to_num(0.0, 0.0, 0.0)
+    real = fused.candidates
+    fused.candidates = lambda *of: real(*of).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _one_candidates_scales(fused: Any) -> None:
+    real = fused.candidates
+    fused.candidates = lambda weight, scales, scheme: real(weight, scales[:1].expand_as(scales), scheme)
 
 
 FAULTS: dict[str, Callable[[Any], None]] = {
     fault.__name__.strip("_"): fault
-    for fault in (_no_shift, _wider_codes, _no_narrowest, _half_the_columns, _limits_forgotten, _no_cut, _nan_hidden)
+    for fault in (
+        _no_shift,
+        _wider_codes,
+        _no_narrowest,
+        _half_the_columns,
+        _limits_forgotten,
+        _no_cut,
+        _nan_hidden,
+        _one_candidates_scales,
+    )
 }
 
 
@@ -77,11 +91,11 @@ def beside(
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(OUT, IN, generator=generator) * torch.logspace(-7, 1, OUT)[:, None]).to(dtype)
     weight[3], weight[5], weight[7, :128] = weight[3].abs(), -weight[5].abs(), 0
-    scales = torch.rand(IN, generator=generator) * 3 + 0.01
+    scales = torch.rand(3, IN, generator=generator) * 3 + 0.01  # of three candidates
     inputs = torch.randn(512, IN, generator=generator) * torch.rand(IN, generator=generator)
     weight, scales, inputs = weight.to(device), scales.to(device), inputs.to(device)
-    plain = (plain_rounding(weight * scales, scheme) / scales).to(dtype)
-    differing = int((fused.candidate(weight, scales, scheme) != plain).sum())
+    plain = torch.stack([(plain_rounding(weight * s, scheme) / s).to(dtype) for s in scales])
+    differing = int((fused.candidates(weight, scales, scheme) != plain).sum())
     full = weight.float()
     limit = full.view(OUT, -1, scheme.group_size).abs().amax(-1) * 0.7
     for cut in (None, limit):
@@ -89,7 +103,7 @@ def beside(
 
     broken = weight[:8].clone()
     broken[0, 3], broken[1, 200], broken[2, 9] = float("nan"), float("inf"), -float("inf")
-    lost = int(torch.isfinite(fused.candidate(broken, scales, scheme)).all(1)[:3].sum())
+    lost = int(torch.isfinite(fused.candidates(broken, scales, scheme)).all(2)[:, :3].sum())
 
     grams = clipping.group_grams(inputs, scheme.group_size)
     wanted = plain_ranges(weight.float(), grams, scheme)

@@ -12,7 +12,7 @@ from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.quantizers import calibration
-from fixtures.quantizers.activation_aware import capture
+from fixtures.quantizers.activation_aware import capture, judging
 from fixtures.quantizers.activation_aware.capture import Call, decoder_calls, layer_features
 from fixtures.quantizers.activation_aware.judging import Panel, Samples, Tokens, panel_for
 
@@ -51,13 +51,25 @@ def test_parts_are_of_the_whole(name: str, judged: dict[str, tuple[nn.Module, Pa
     assert panel.part(torch.arange(len(panel))).answers == panel.answers
 
 
-def test_calls_are_joined(judged: dict[str, tuple[nn.Module, Panel]]) -> None:
-    """Samples of one length are judged in one call, whichever batches they came in."""
-    panel = judged["self_attn"][1]
+@torch.no_grad()
+def test_calls_are_joined(judged: dict[str, tuple[nn.Module, Panel]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one length are judged in one call, whichever batches they came in; a forward has no more than some."""
+    module, panel = judged["self_attn"]
     assert isinstance(panel, Samples)
+    lengths = [call.hidden.shape[1] for call in panel.calls]
+    assert len(lengths) == len(set(lengths)) < len(panel)
     part = panel.part(torch.arange(0, len(panel), 2))
     assert isinstance(part, Samples)
-    assert len(part.calls) < len(panel.calls)
+    assert len(part.calls) <= len(panel.calls)
+    whole, forwards = panel.errors(module)[0], []
+    hook = module.register_forward_pre_hook(
+        lambda *of: forwards.append(Call.of(*of[1:]).hidden.shape), with_kwargs=True
+    )
+    monkeypatch.setattr(judging, "TOKENS_AT_ONCE", 2 * max(lengths))
+    torch.testing.assert_close(panel.errors(module)[0], whole, rtol=1e-4, atol=1e-7)
+    hook.remove()
+    assert len(forwards) > len(panel.calls)
+    assert max(shape[:2].numel() for shape in forwards) <= 2 * max(lengths)
 
 
 @torch.no_grad()

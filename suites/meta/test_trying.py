@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,9 @@ class Case:
         group = self.groups[name]
         linears: dict[str, nn.Linear] = {name: self.layer.get_submodule(name) for name in group.linears}  # type: ignore[misc]
 
-        def weights(candidate: int) -> dict[str, Tensor]:
-            return {name: linear.weight.data * (1 + 0.01 * candidate) for name, linear in linears.items()}
+        def weights(chosen: Sequence[int]) -> dict[str, Tensor]:
+            factors = 1 + 0.01 * torch.tensor([*chosen])
+            return {name: linear.weight.data * factors[:, None, None] for name, linear in linears.items()}
 
         inspected, panel = self.layer.get_submodule(group.inspected), panel_for(self.features, group.inspected)
         some = panel.part(torch.arange(3, len(panel)))  # not all: samples of several lengths, in several calls
@@ -82,7 +83,7 @@ def test_together_as_alone(group: str, together: int, case: Case) -> None:
 
 def _weights_shifted(patch: pytest.MonkeyPatch) -> None:
     real = trying.Tried.__init__
-    patch.setattr(trying.Tried, "__init__", lambda self, weights, bias: real(self, [*weights[1:], weights[0]], bias))
+    patch.setattr(trying.Tried, "__init__", lambda self, weights, bias: real(self, weights.roll(1, 0), bias))
 
 
 def _one_bias_lost(patch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ def test_module_is_restored_when_a_forward_fails(case: Case) -> None:
             trying.errors(
                 case.layer.get_submodule(group.inspected),
                 linears,
-                lambda _: {name: torch.zeros_like(weight) for name, weight in own.items()},
+                lambda chosen: {name: weight.new_zeros(len(chosen), *weight.shape) for name, weight in own.items()},
                 [0, 1],
                 Failing(),  # type: ignore[arg-type]
                 together,
