@@ -9,6 +9,7 @@ pytest_plugins = [
     "fixtures.engines_under_test",
     "fixtures.speech_under_test",
     "fixtures.sensitivity_under_test",
+    "fixtures.once_per_run",
     "fixtures.memory_under_test",
     "fixtures.serving_under_test",
     "fixtures.throughput_under_test",
