@@ -17,8 +17,8 @@ from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.quantizers import calibration, quantize
 from fixtures.quantizers.activation_aware import trying
-from fixtures.quantizers.activation_aware.capture import Features, decoder_calls, layer_features
-from fixtures.quantizers.activation_aware.judging import panel_for
+from fixtures.quantizers.activation_aware.capture import Call, Features, decoder_calls, layer_features
+from fixtures.quantizers.activation_aware.judging import Samples, panel_for
 
 VL = ADAPTERS["qwen2_5_vl"]
 GROUPS = ("qkv", "gate_up", "down")
@@ -139,6 +139,35 @@ def test_module_is_restored_when_a_forward_fails(case: Case) -> None:
         for name, linear in linears.items():
             assert case.layer.get_submodule(name) is linear
             assert linear.weight.data is own[name] or torch.equal(linear.weight.data, own[name])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "expected"),
+    [(8192, 512, 8), (65536, 512, 8), (2048, 512, 32), (20000, 20000, 3), (200000, 200000, 1)],
+)
+def test_how_many_share_a_forward(tokens: int, longest: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as keep a forward below 2^27 numbers in a tensor, however long a sample is; one on a CPU; never none."""
+
+    class Wide:
+        is_cuda = True
+        shape = (2048, 1024)
+
+        def numel(self) -> int:
+            return 2048 * 1024
+
+        def element_size(self) -> int:
+            return 2
+
+    class Linear:
+        weight = Wide()
+
+    samples = Samples(
+        [Call(torch.empty(tokens // longest, longest, 0), {})], [torch.empty(tokens // longest, longest, 0)]
+    )
+    assert trying.how_many({"q": Linear()}, samples) == expected  # type: ignore[dict-item]
+    assert trying.how_many({"q": nn.Linear(4, 4)}, samples) == 1
+    monkeypatch.setattr(trying, "BYTES_TOGETHER", 3 * 2048 * 1024 * 2)
+    assert trying.how_many({"q": Linear()}, samples) == min(expected, 3)  # type: ignore[dict-item]
 
 
 def test_same_artifact_from_shared_forwards(
