@@ -328,6 +328,30 @@ def test_known_bad_excuses_no_neighbour(inner):
     done.assert_outcomes(passed=2, failed=1)
 
 
+@pytest.mark.parametrize(
+    ("when", "excused"),
+    [("pytest >= 1", True), ("pytest < 1", False), ("pytest", True)],
+    ids=["these versions", "other versions", "any version"],
+)
+def test_known_bad_with_some_versions(inner, when, excused):
+    """What is known of some versions of a package is excused with those alone: with others it must not fail."""
+    done, _ = inner(KNOWN, expected=f'{RTN}when = "{when}"\n')
+
+    done.assert_outcomes(passed=2, **{"xfailed" if excused else "failed": 1})
+
+
+@pytest.mark.parametrize(
+    ("when", "said"), [("pytest => 1", "pytest => 1"), ("nobody-has-it > 1", "nobody-has-it is not installed")]
+)
+def test_bad_versions(inner, when, said):
+    """Versions that cannot be read, or of a package that is not there, are a usage error: nothing runs."""
+    done, spy = inner(KNOWN, expected=f'{RTN}when = "{when}"\n')
+
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines([f"ERROR: *expected_failures.toml: when must be like 'transformers >= 5.18' (*{said}*"])
+    assert not spy.reports
+
+
 def test_nothing_known(inner):
     """Without a list nothing is excused."""
     done, _ = inner(KNOWN)
@@ -341,6 +365,7 @@ def test_nothing_known(inner):
         *(pytest.param("\n".join(x for x in RTN.splitlines() if not x.startswith(key)), id=f"no {key}")
           for key in ("test", "reason", "link")),
         pytest.param(RTN + 'owner = "me"', id="an unknown key"),
+        pytest.param(RTN + "when = 5.18", id="a number for versions"),
         pytest.param('failure = "all"', id="no table"),
         pytest.param("[[failure", id="no TOML"),
         pytest.param(RTN.replace("failure", "failures"), id="another name"),
