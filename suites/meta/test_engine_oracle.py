@@ -136,8 +136,11 @@ def vl_plain(vl: Case) -> list[QuantizedLayer]:
 
 
 def _next_candidate(patch: pytest.MonkeyPatch) -> None:
-    real = scaling.race
-    patch.setattr(scaling, "race", lambda *of: (out := real(*of), replace(out, winner=out.winner % 20 + 1))[1])
+    def racing(*of: Any, real: Any = scaling.racing) -> Any:
+        outcome = yield from real(*of)
+        return replace(outcome, winner=outcome.winner % 20 + 1)
+
+    patch.setattr(scaling, "racing", racing)
 
 
 def _stale_layer(patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from fixtures.quantizers import calibration
 from fixtures.quantizers.activation_aware import race, scaling
 from fixtures.quantizers.activation_aware.capture import decoder_calls, layer_features
 from fixtures.quantizers.activation_aware.judging import Panel, Tokens, panel_for
+from fixtures.quantizers.activation_aware.pausing import Pausing
 from fixtures.quantizers.activation_aware.race import Outcome, Rule
 
 VL = ADAPTERS["qwen2_5_vl"]
@@ -39,14 +40,14 @@ def search_all(tiny_reference: Checkpoint) -> Callable[[Rule], list[Outcome]]:
 
     def search(rule: Rule) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        real = scaling.race
+        real = scaling.racing
 
-        def listening(*arguments: object) -> Outcome:
-            outcomes.append(real(*arguments))  # type: ignore[arg-type]
+        def listening(*arguments: object) -> Pausing[Outcome]:
+            outcomes.append((yield from real(*arguments)))  # type: ignore[arg-type]
             return outcomes[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scaling, "race", listening)
+            patch.setattr(scaling, "racing", listening)
             for module, features in (layers[0], layers[2]):
                 for group in decoder.groups:
                     linears: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in group.linears}  # type: ignore[misc]
@@ -90,7 +91,8 @@ def test_biased_blocks_are_caught(
 ) -> None:
     """Blocks in the order of the samples, texts first, cost more than that."""
 
-    def in_order(panel: Panel, block: int) -> tuple[Tensor, int]:
+    def in_order(panel: Panel, block: int) -> Pausing[tuple[Tensor, int]]:
+        yield
         return torch.arange(len(panel)), 0 if block < len(panel) else len(panel)
 
     monkeypatch.setattr(race, "_order", in_order)
@@ -164,5 +166,10 @@ def test_massive_tokens_are_judged_first(stratum: bool, monkeypatch: pytest.Monk
     massive = torch.randperm(20000, generator=generator)[:10]
     table[0, massive], size[massive] = 1e4, 50.0
     if not stratum:
-        monkeypatch.setattr(race, "_order", lambda panel, _: (torch.randperm(20000, generator=generator), 0))
+
+        def by_lot_alone(*_: object) -> Pausing[tuple[Tensor, int]]:
+            yield
+            return torch.randperm(20000, generator=generator), 0
+
+        monkeypatch.setattr(race, "_order", by_lot_alone)
     assert (run(table, size).winner == 1) is stratum
