@@ -5,13 +5,15 @@ A README says where a table comes from, between two comments, and ``python -m re
     <!-- table: reports/measured/h200.json: memory: what | bytes -->
     <!-- end of table -->
 
-Of several tables of that title (one per target) it shows all rows; of the columns those that are named, or all.
+Of several tables of that title (one per target) it shows all rows; of the columns those that are named, or all. Several
+runs, joined by `` + ``, are shown as one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fixtures.core.errors import UserError
@@ -21,7 +23,8 @@ from reports import store
 
 _CACHED = re.compile(r"-[0-9a-f]{16}\b")  # what tells artifacts of one recipe apart in the cache
 _PLACE = re.compile(
-    r"(?P<begin><!-- table: (?P<file>\S+\.json): (?P<title>[^\n:]+?)(?:: (?P<columns>[^\n:]+?))? -->\n)"
+    r"(?P<begin><!-- table: (?P<files>\S+\.json(?: \+ \S+\.json)*): "
+    r"(?P<title>[^\n:]+?)(?:: (?P<columns>[^\n:]+?))? -->\n)"
     r"(?P<table>.*?)(?P<end><!-- end of table -->)",
     re.DOTALL,
 )
@@ -73,7 +76,8 @@ def filled(text: str, folder: Path) -> str:
         raise UserError("a <!-- table: FILE.json: TITLE --> has no <!-- end of table --> after it")
 
     def fill(place: re.Match[str]) -> str:
-        table = merged(store.load(folder / place["file"]), place["title"])
+        runs = [store.load(folder / file) for file in place["files"].split(" + ")]
+        table = merged(replace(runs[0], results=[result for run in runs for result in run.results]), place["title"])
         if place["columns"]:
             table = narrowed(table, [column.strip() for column in place["columns"].split("|")])
         return f"{place['begin']}\n{markdown(table)}\n{place['end']}"

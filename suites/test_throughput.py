@@ -124,11 +124,16 @@ def faster(recorded: Recorded, least: float, verify: Verify) -> None:
             [f"the best: {best}", *(f"{one}: {recorded.ratio(one, speed)} of FP16's" for one in recorded.others)]
         ),
     )
-    verify.note(f"throughput of {recorded.base}", recorded.typical(recorded.base, speed), "tokens/s")
+    verify.note(
+        f"throughput of {recorded.base}",
+        recorded.typical(recorded.base, speed),
+        "tokens/s",
+        detail=by_round(recorded, recorded.base),
+    )
     for one in recorded.others:  # each by its name, whichever is the best tonight: a history must not change its kernel
         ratio = recorded.ratio(one, speed)
         verify.note(f"throughput by {one}, of FP16's", ratio.point, detail=str(ratio))
-        verify.note(f"throughput by {one}", recorded.typical(one, speed), "tokens/s")
+        verify.note(f"throughput by {one}", recorded.typical(one, speed), "tokens/s", detail=by_round(recorded, one))
     verify.note("gain expected", least >= 1, detail=expectation(recorded, best, least))
     verify.table(
         "Throughput",
@@ -145,6 +150,12 @@ def faster(recorded: Recorded, least: float, verify: Verify) -> None:
             for condition in recorded.conditions
         ],
     )
+
+
+def by_round(recorded: Recorded, condition: str) -> str:
+    """A condition's throughput, round by round: whether it drifts, or has two speeds."""
+    values = recorded.values(condition, rounds.tokens_per_second)
+    return f"by round: {', '.join(f'{value:.0f}' for value in values)}"
 
 
 def expectation(recorded: Recorded, best: str, least: float) -> str:

@@ -64,6 +64,18 @@ def test_filled_again_changes_nothing(tmp_path: Path) -> None:
     assert filled(text, tmp_path) == text
 
 
+def test_several_runs_in_one_table(tmp_path: Path) -> None:
+    """Rows of runs that are joined by a plus stand under each other, in that order; one that is not there is named."""
+    other = Table("memory", MEMORY.columns, (("nf4", 7),))
+    store.save(run(MEMORY), tmp_path / "a.json")
+    store.save(run(other, quantizer="bnb-nf4"), tmp_path / "b.json")
+    text = filled("<!-- table: a.json + b.json: memory: target | bytes -->\n<!-- end of table -->", tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("| f-tiny")]
+    assert rows == ["| f-tiny-awq | 1234567 |", "| f-tiny-awq |  |", "| f-tiny-bnb-nf4 | 7 |"]
+    with pytest.raises(UserError, match=r"cannot read.*gone"):
+        filled("<!-- table: a.json + gone.json: memory -->\n<!-- end of table -->", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

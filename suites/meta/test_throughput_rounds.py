@@ -251,6 +251,18 @@ def test_contest_takes_turns_and_keeps_failures() -> None:
     assert servers.running == [(compared[0].checkpoint, compared[0].serving(pictures=False))]
 
 
+@pytest.mark.parametrize("cards", [1, 2])
+def test_nobody_spins_beside_a_round(cards: int) -> None:
+    """Where engines spread over GPUs, every round waits until the workers of the one before it have come to rest."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    waited: list[float] = []
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True, tensor_parallel=cards)
+    contest = Contest(compared, NoServers(), 1000, None, pause=waited.append)  # type: ignore[arg-type]
+    recorded = contest(Regime("few", 5, 3, 2, 4))
+    assert len(waited) == (len(recorded.rounds) if cards > 1 else 0)
+    assert all(seconds > 1 for seconds in waited)
+
+
 def test_undecided_rounds_are_followed_by_more() -> None:
     """Rounds that leave a bound undecided are followed by more of other numbers, up to a most; decided ones by none."""
     pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
