@@ -215,8 +215,9 @@ def test_full_disk(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupt(tiny_reference: Checkpoint, tmp_path: Path) -> None:
-    """Ctrl-C while quantizing leaves nothing behind, and says so."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(how: signal.Signals, tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """Ctrl-C while quantizing, or the end of a cancelled job, leaves nothing behind, and says so."""
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -239,7 +240,7 @@ def test_interrupt(tiny_reference: Checkpoint, tmp_path: Path) -> None:
         deadline = time.monotonic() + 120
         while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)  # until it has begun to write
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         _, error = process.communicate(timeout=60)
     # A shell says 130 of both: Python ends itself by the signal if that came while some import ran a string of code
     # (every dataclass does), however well it was handled.
