@@ -155,7 +155,7 @@ def faster(recorded: Recorded, least: float, verify: Verify) -> None:
 def by_round(recorded: Recorded, condition: str) -> str:
     """A condition's throughput, round by round: whether it drifts, or has two speeds."""
     values = recorded.values(condition, rounds.tokens_per_second)
-    return f"by round: {', '.join(f'{value:.0f}' for value in values)}"
+    return f"by round: {', '.join(f'{value:.4g}' for value in values)}"
 
 
 def expectation(recorded: Recorded, best: str, least: float) -> str:

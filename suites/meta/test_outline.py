@@ -17,13 +17,13 @@ from torch import nn
 from fixtures.adapters import adapter_for
 from fixtures.adapters.view import HubView
 from fixtures.core.checkpoint import Checkpoint
-from fixtures.core.errors import CheckpointError
+from fixtures.core.errors import CheckpointError, UserError
 from fixtures.core.pseudo_quantize import Scheme
 from fixtures.core.recipe import Recipe
 from fixtures.engines.loading import load_model, load_processor
 from fixtures.faults.editing import copied, edit_json
 from fixtures.fresh import in_fresh_process
-from fixtures.quantizers import Job, _arrived, calibration
+from fixtures.quantizers import Job, _activation_aware, _arrived, activation_aware, calibration, recipe_for
 from fixtures.quantizers.activation_aware import capture, engine, load_outline, load_whole, outline, quantize_layers
 from fixtures.quantizers.layers import Progress, silent
 from fixtures.subjects import shipped
@@ -176,6 +176,45 @@ def test_a_program_that_ends_reads_no_further(tmp_path: Path) -> None:
     """After Ctrl-C a traceback may hold on to who asked; the interpreter waits for the tensor at hand, for no more."""
     in_fresh_process(silent, leave, tmp_path / "read")
     assert len((tmp_path / "read").read_text().splitlines()) <= 1
+
+
+def test_samples_are_read_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples become batches once, waiting for the architecture alone, and the batches are those of any caller."""
+    reference = view_of(shipped("qwen2_5_vl-tiny"))
+    samples = calibration.built_in(reference.adapter, 1)
+    wanted = calibration.batches(reference.adapter, load_processor(reference.checkpoint), samples)
+    loading, read = threading.Event(), list[Any]()
+
+    def load(*of: Any, real: Callable[..., Any] = activation_aware.load_outline) -> Any:
+        loading.set()
+        return real(*of)
+
+    def batches(*of: Any, real: Callable[..., Any] = calibration.batches) -> Any:
+        assert loading.wait(60), "the model is not loaded before the samples are read"
+        read.append(real(*of))
+        return read[-1]
+
+    monkeypatch.setattr(activation_aware, "load_outline", load)
+    monkeypatch.setattr(calibration, "batches", batches)
+    layers = _activation_aware(Job(reference, recipe_for("awq", None), samples))
+    next(layers)
+    layers.close()  # type: ignore[attr-defined]
+    assert len(read) == 1
+    for one, other in zip(read[0], wanted, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+
+
+def test_a_sample_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong in the thread that reads is raised where the batches are asked for."""
+
+    def failing(*_: Any) -> Any:
+        raise UserError("sample 3 has no text")
+
+    monkeypatch.setattr(calibration, "batches", failing)
+    reference = view_of(shipped("qwen2_5_vl-tiny"))
+    layers = _activation_aware(Job(reference, recipe_for("awq", None), calibration.built_in(reference.adapter, 1)))
+    with pytest.raises(UserError, match="sample 3"):
+        next(layers)
 
 
 def test_no_room_beside_the_search() -> None:

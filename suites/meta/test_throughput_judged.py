@@ -46,6 +46,11 @@ def test_good_rounds_hold(selection: Selection) -> None:
     assert "the best: marlin" in said["throughput by the best kernel, of FP16's, lower end"].detail
     assert said["throughput by marlin, of FP16's"].value == pytest.approx(1.47, rel=0.02)
     assert said["gain expected"].value == 1
+    by_round = said["throughput by marlin"].detail.removeprefix("by round: ").split(", ")
+    assert len(by_round) == COUNTED
+    assert [float(one) for one in by_round] == pytest.approx(
+        good().values("marlin", test_throughput.rounds.tokens_per_second), rel=1e-3
+    )
     assert broken(latency(good(), selection)) == []
 
 

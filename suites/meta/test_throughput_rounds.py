@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fixtures import throughput_under_test
 from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
@@ -252,15 +253,32 @@ def test_contest_takes_turns_and_keeps_failures() -> None:
 
 
 @pytest.mark.parametrize("cards", [1, 2])
-def test_nobody_spins_beside_a_round(cards: int) -> None:
-    """Where engines spread over GPUs, every round waits until the workers of the one before it have come to rest."""
+def test_nobody_spins_beside_a_round(cards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where engines spread over GPUs, another server's round waits until the workers of the last have come to rest."""
     pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
-    waited: list[float] = []
+    log: list[object] = []
+
+    def loading(url: str, *of: Any, real: Any = throughput_under_test.load, **how: Any) -> Any:
+        log.append(url)
+        return real(url, *of, **how)
+
+    class Several(NoServers):
+        def several(self, wanted: list[Any]) -> list[Any]:
+            found = zip(super().several(wanted), wanted, strict=True)
+            return [SimpleNamespace(**{**vars(one), "url": f"{one.url}/{how.kernel}"}) for one, (_, how) in found]
+
+    monkeypatch.setattr(throughput_under_test, "load", loading)
     compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True, tensor_parallel=cards)
-    contest = Contest(compared, NoServers(), 1000, None, pause=waited.append)  # type: ignore[arg-type]
-    recorded = contest(Regime("few", 5, 3, 2, 4))
-    assert len(waited) == (len(recorded.rounds) if cards > 1 else 0)
-    assert all(seconds > 1 for seconds in waited)
+    contest = Contest(compared, Several(), 1000, None, pause=log.append)  # type: ignore[arg-type]
+    contest(Regime("few", 5, 3, 2, 4))
+    rest = [throughput_under_test.SPINNING] if cards > 1 else []
+    one, other = dict.fromkeys(entry for entry in log if isinstance(entry, str))
+    wanted = [*rest, one, *rest, other, other, *rest, one]  # there and back
+    assert log[: len(wanted)] == wanted
+    assert all(second > 1 for second in rest)
+    before = len(log)
+    contest.arrivals("marlin")
+    assert len([entry for entry in log[before:] if not isinstance(entry, str)]) <= len(rest), "one server's alone"
 
 
 def test_undecided_rounds_are_followed_by_more() -> None:
