@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def test_side_by_side(here: Callable[..., int], tmp_path: Path, capsys: pytest.C
     assert rows["awq"]["loss of RTN's, median"] < 1 == rows["rtn"]["loss of RTN's, median"]
     assert rows["rtn"]["worst"] < 1
     assert rows["awq"]["mean token KL, nats"] > 0
+    took = timedelta(seconds=once.about["seconds"])
+    assert datetime.fromisoformat(once.about["started"]) + took <= datetime.now(UTC), "when it ended is no start"
     assert once.about["machine"]
     assert once.about["versions"]["torch"]
 
@@ -185,7 +188,7 @@ def deep(layers: int, *seconds: float, **subject: Any) -> Run:
     made = [Made("awq", {"search": s - 1, "load": 1.0}, s, {"memory": 2 * 10**9}, 1, "") for s in seconds]
     about = {"name": "n", "family": "f", "size": "s", "layers": [layers], "calibration": "c", "device": "d"}
     found = {"group size": 128, "device": "d", "versions": {}, **subject}
-    return run_of(Bench(found, {**about, "weights": ""}, made), "bench", Path())
+    return run_of(Bench(found, {**about, "weights": ""}, made), "bench", Path(), datetime.now(UTC))
 
 
 def test_extrapolation() -> None:
