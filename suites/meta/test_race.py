@@ -17,7 +17,7 @@ from fixtures.quantizers import calibration
 from fixtures.quantizers.activation_aware import race, scaling
 from fixtures.quantizers.activation_aware.capture import decoder_calls, layer_features
 from fixtures.quantizers.activation_aware.judging import Panel, Tokens, panel_for
-from fixtures.quantizers.activation_aware.pausing import Pausing
+from fixtures.quantizers.activation_aware.pausing import Pausing, alone
 from fixtures.quantizers.activation_aware.race import Outcome, Rule
 
 VL = ADAPTERS["qwen2_5_vl"]
@@ -53,7 +53,7 @@ def search_all(tiny_reference: Checkpoint) -> Callable[[Rule], list[Outcome]]:
                     linears: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in group.linears}  # type: ignore[misc]
                     panel, inputs = panel_for(features, group.inspected), features.inputs[group.linears[0]]
                     inspected = module.get_submodule(group.inspected)
-                    scaling.search(inspected, linears, panel, inputs, Scheme(), lambda scales: scales, rule)
+                    alone(scaling.searching(inspected, linears, panel, inputs, Scheme(), lambda scales: scales, rule))
         return outcomes
 
     return search
