@@ -16,6 +16,7 @@ from fixtures.core.limits import Limits
 from fixtures.memory_under_test import Served
 from fixtures.meters.ledger import predicted
 from fixtures.meters.memory import GIB, MIB, Measured, saved
+from fixtures.options import Selection
 from fixtures.verifying import Verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
@@ -145,6 +146,36 @@ def test_kv_tokens(served: Mapping[str, Served], limits: Limits, verify: Verify)
     verify.table("Memory inside vLLM", COLUMNS, [served_row(reference), served_row(artifact, part)])
 
 
+@pytest.mark.several_gpus
+def test_share_of_each_gpu(served: Mapping[str, Served], selection: Selection, limits: Limits, verify: Verify) -> None:
+    """Spread over several GPUs, each holds its share of the weights, the same, and of the card what the first does."""
+    off, gpus = limits("memory.weights_in_vllm"), selection.tensor_parallel
+    for name, one in served.items():
+        verify(f"{name}: GPUs that say what their weights take", len(one.weights_by_gpu), equal_to=gpus)
+        shares = [weights / one.ledger.total for weights in one.weights_by_gpu] if one.ledger.total else []
+        verify.none_of(
+            f"{name}: GPUs with another share of the weights than predicted",
+            [f"{share:.3f} of {one.ledger.total / GB:.3f} GB" for share in shares if not abs(share - 1) <= off],
+            among=len(shares),
+        )
+        known = [card for card in one.cards if card is not None]
+        if known:
+            verify(f"{name}: GPUs that hold memory of the server", len(known), equal_to=gpus)
+            apart = (max(known) - min(known)) / MIB
+            verify(
+                f"{name}: the fullest card beyond the emptiest", apart, "MiB", at_most=limits("memory.cards_apart_mib")
+            )
+    verify.table(
+        "Memory of each GPU inside vLLM",
+        ("checkpoint", "GPUs", "predicted GB", "weights GB", "NVML GB", "KV tokens"),
+        [
+            (one.name, gpus, number(one.ledger.total), number(weights), number(card), one.kv_tokens)
+            for one in served.values()
+            for weights, card in zip(one.weights_by_gpu, one.cards, strict=False)
+        ],
+    )
+
+
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +224,11 @@ def claims(pair: Pair, claim: float) -> list[tuple[str, str, str, str]]:
             share = 1 - sum(one.after for one in kept) / sum(one.before for one in kept)
             rows.append((" + ".join(towers), counted, _percent(share) or "", f"-{claim:.0%}"))
     return rows
+
+
+def number(size: int | None) -> float | None:
+    """Bytes in GB for a table."""
+    return None if size is None else round(size / GB, 3)
 
 
 def _percent(share: float | None) -> str | None:
