@@ -7,6 +7,8 @@ its 95 % interval, never by the point; where six rounds leave the bound inside t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -16,9 +18,9 @@ from fixtures.core.limits import Limits
 from fixtures.core.targets import Target
 from fixtures.meters import rounds
 from fixtures.meters.bandwidth import Roofline, decode_bytes
-from fixtures.meters.regimes import REGIMES, SINGLE_STREAM, STREAMED, Regime
+from fixtures.meters.regimes import REGIMES, SCALED, SINGLE_STREAM, STREAMED, Regime
 from fixtures.meters.rounds import COUNTED, Recorded
-from fixtures.throughput_under_test import Contest
+from fixtures.throughput_under_test import ON, Contest
 from fixtures.verifying import Verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
@@ -89,6 +91,24 @@ def test_step(
         for condition in recorded.conditions
     }
     bounded(recorded, lines, limits("throughput.of_roofline", target.weights), verify)
+
+
+@pytest.mark.several_gpus
+@pytest.mark.parametrize("regime", SCALED, ids=str)
+def test_scaling(scaled: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
+    """Spread over several GPUs, FP16 and the artifact answer as many tokens per second, of one GPU's, as is stated."""
+    bounds = {
+        (one, many): limits("throughput.scaling", target.weights, one.split(ON)[0], regime.name)
+        for one, many in pairs(scaled.names)
+    }
+    speed = rounds.tokens_per_second
+    recorded = scaled(
+        regime,
+        lambda found: all(between(found, *pair).ratio(pair[1], speed).beside(least) for pair, least in bounds.items()),
+    )
+
+    sound(recorded, scaled, limits, verify)
+    scaling(recorded, bounds, scaled.cards, verify)
 
 
 # -- judgements, of rounds as values -----------------------------------------------------------------------------
@@ -264,6 +284,49 @@ def bounded(recorded: Recorded, lines: dict[str, Roofline], most: float, verify:
             )
             for condition in recorded.conditions
         ],
+    )
+
+
+def pairs(conditions: Sequence[str]) -> list[tuple[str, str]]:
+    """Each kernel's condition on one GPU, and the one on all: the former come first, in the same order."""
+    half = len(conditions) // 2
+    return list(zip(conditions[:half], conditions[half:], strict=True))
+
+
+def between(recorded: Recorded, base: str, other: str) -> Recorded:
+    """The same rounds, of two conditions alone."""
+    return replace(recorded, conditions=(base, other))
+
+
+def scaling(recorded: Recorded, bounds: Mapping[tuple[str, str], float], gpus: int, verify: Verify) -> None:
+    """On all GPUs each kernel's throughput is at least its bound, of one GPU's, by the lower end of its interval."""
+    speed = rounds.tokens_per_second
+    rows = []
+    for (one, many), least in bounds.items():
+        found = between(recorded, one, many).ratio(many, speed)
+        kernel = one.split(ON)[0]
+        verify(
+            f"throughput of {kernel} on {gpus} GPUs, of one's, lower end",
+            found.low,
+            at_least=least,
+            detail=f"{found}\n{one}, {by_round(recorded, one)}\n{many}, {by_round(recorded, many)}",
+        )
+        per_second = (number(recorded.typical(condition, speed)) for condition in (one, many))
+        rows.append(
+            (
+                recorded.regime.name,
+                kernel,
+                gpus,
+                *per_second,
+                number(found.point),
+                number(found.low),
+                number(found.high),
+            )
+        )
+    verify.table(
+        "Scaling over GPUs",
+        ("regime", "kernel", "GPUs", "tokens/s on one", "tokens/s on all", "of one's", "low", "high"),
+        rows,
     )
 
 
