@@ -15,6 +15,7 @@ from fixtures.meters.load import Timing
 from fixtures.meters.regimes import ONE_BY_ONE, SINGLE_STREAM, TOGETHER, Regime
 from fixtures.meters.rounds import COUNTED, WARM_UP, Recorded, Round
 from fixtures.options import Selection
+from fixtures.throughput_under_test import ON
 from suites import test_throughput
 from suites.meta.answering import listener
 
@@ -45,7 +46,7 @@ def recorded(regime: Regime, steps: Mapping[str, float], noise: float = 0.01, se
         for number in (WARM_UP, *range(COUNTED))
         for name, step in steps.items()
     ]
-    return Recorded(regime, tuple(steps), tuple(rounds), {name: KERNELS.get(name, (name,)) for name in steps})
+    return Recorded(regime, tuple(steps), tuple(rounds), {name: (name.split(ON)[0],) for name in steps})
 
 
 GOOD_STEPS = {"fp16": 5e-3, "machete": 4e-3, "marlin": 3.4e-3}  # the 7B's: 1.25 and 1.47
@@ -98,6 +99,14 @@ def contest_of(what: Recorded) -> Any:
             return target.weights
 
     return Measured()
+
+
+def scaled_of(what: Recorded) -> Any:
+    """A contest of kernels on one GPU and on two, that has measured ``what``."""
+    contest = contest_of(what)
+    contest.names, contest.cards = what.conditions, 2
+    contest.expected = {name: (name.split(ON)[0],) for name in what.conditions}
+    return contest
 
 
 def throughput(what: Recorded, selection: Selection, target: Target = CLAIM) -> dict[str, Measurement]:

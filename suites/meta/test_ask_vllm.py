@@ -69,7 +69,7 @@ class Fake:
         """In place of ``start_server``."""
         self.started.append(serving)
         progress("vLLM serves it: loading, seconds", 3, 600)
-        started = Started(seconds=41.0, weights_bytes=3_400_000_000, kv_tokens=65536, kernels=("marlin",))
+        started = Started(seconds=41.0, weights_by_gpu=(3_400_000_000,), kv_tokens=65536, kernels=("marlin",))
         return SimpleNamespace(
             url=self.url, model=checkpoint.name, started=started, pids=frozenset, close=self._close, log=folder
         )

@@ -68,7 +68,7 @@ class Servers:
         if called(f"serve {{checkpoint.digest}}"):
             raise EngineError("no memory is left")
         return SimpleNamespace(
-            started=SimpleNamespace(kernels=("marlin",), weights_bytes=690, kv_tokens=7), pids=lambda: {{1}}
+            started=SimpleNamespace(kernels=("marlin",), weights_by_gpu=(690,), kv_tokens=7), pids=lambda: {{1}}
         )
 
     def stop(self, checkpoint, serving):
@@ -77,10 +77,10 @@ class Servers:
 
 memory_under_test.measure = measure
 memory_under_test.of_checkpoint = lambda *_: Ledger((), {{}})
-memory_under_test.in_vllm = lambda checkpoint, adapter, media, kernels=(): Ledger((), {{"of": len(kernels)}})
+memory_under_test.in_vllm = lambda checkpoint, adapter, media, kernels=(), gpus=1: Ledger((), {{"of": len(kernels)}})
 memory_under_test.would_fit = lambda *_: ""
 nvml.card = lambda index=0: nvml.Card("a card", "580.1", 1 << 40, 0)
-nvml.process_bytes = lambda pids: 1340
+nvml.process_bytes = lambda pids, index: 1340
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +162,7 @@ def test_two_workers_measure_once(pytester: pytest.Pytester, monkeypatch: pytest
         assert said["serve good"] == said["serve good"][:1] * 2
         assert said["serve good"][0].startswith(SERVED)
         assert "kv_per_token={'of': 1}" in said["serve good"][0], "the ledger is of the kernels that were named"
-        assert "kernels=('marlin',), card=1340, budget=274877906944" in said["serve good"][0]
+        assert "kernels=('marlin',), cards=(1340,), budget=274877906944" in said["serve good"][0]
         for what, failure in {
             "measure second": "OutOfMemoryError",
             "measure crash-second": "MeterError",

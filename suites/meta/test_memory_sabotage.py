@@ -199,9 +199,9 @@ def failed_alone(heard: Iterable[Mapping[str, Verify]]) -> set[str]:
 
 def test_every_check_is_asked(selection: Selection) -> None:
     """There is no check of memory that no fault is planted for."""
-    asked = {*said(GOOD, selection), *said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection)}
+    asked = {*said(GOOD, selection), *said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection), EACH}
     checks = [name for name in vars(test_memory) if name.startswith("test_")]
-    assert len(asked) == len(checks) == 8
+    assert len(asked) == len(checks) == 9
 
 
 def test_good_records_hold(selection: Selection) -> None:
@@ -258,7 +258,7 @@ def test_out_of_memory_says_what_would_fit() -> None:
 def server(name: str, of: Ledger, kv_tokens: int) -> Served:
     """A server that takes what its ledger says, with that many tokens of KV cache."""
     card = of.total + kv_tokens * 36864 + 3 * GIB
-    return Served(name, of, of.total, kv_tokens, ("marlin",), card, card)
+    return Served(name, of, (of.total,), kv_tokens, ("marlin",), (card,), card)
 
 
 SERVED = server("reference", REFERENCE.ledger, 500_000)
@@ -267,22 +267,22 @@ QUANTIZED = replace(server("artifact", ARTIFACT.ledger, 500_000 + GAINED), budge
 IN_VLLM, SERVER, KV = "weights in vLLM", "server", "KV tokens"
 SERVED_FAULTS: dict[str, tuple[Callable[[Served], dict[str, Any]], set[str]]] = {
     "16-bit weights kept beside the codes": (
-        lambda _: {"weights": REFERENCE.weights, "kv_tokens": SERVED.kv_tokens},
+        lambda _: {"weights_by_gpu": (REFERENCE.weights,), "kv_tokens": SERVED.kv_tokens},
         {IN_VLLM, KV},
     ),
-    "a layer in 16 bits": (lambda one: {"weights": one.weights + 300 * MIB}, {IN_VLLM}),
-    "a tower not loaded": (lambda one: {"weights": one.weights - 300 * MIB}, {IN_VLLM}),
+    "a layer in 16 bits": (lambda one: {"weights_by_gpu": (one.weights + 300 * MIB,)}, {IN_VLLM}),
+    "a tower not loaded": (lambda one: {"weights_by_gpu": (one.weights - 300 * MIB,)}, {IN_VLLM}),
     "memory saved, but not given to the KV cache": (lambda one: {"kv_tokens": one.kv_tokens - GAINED}, {KV, SERVER}),
     "more KV cache than was saved": (lambda one: {"kv_tokens": one.kv_tokens + GAINED}, {KV, SERVER}),
-    "NVML without a process of the server's": (lambda _: {"card": CONTEXT}, {SERVER}),
-    "a leak beside the KV cache": (lambda one: {"card": one.budget + 8 * GIB}, {SERVER}),
+    "NVML without a process of the server's": (lambda _: {"cards": (CONTEXT,)}, {SERVER}),
+    "a leak beside the KV cache": (lambda one: {"cards": (one.budget + 8 * GIB,)}, {SERVER}),
     "more taken than the budget": (lambda one: {"budget": one.budget - 2 * GIB}, {SERVER, KV}),
-    "no room for what is held": (lambda one: {"card": None, "budget": one.weights}, {SERVER, KV}),
-    "held of a budget that is not used": (lambda one: {"card": None, "budget": one.budget + 8 * GIB}, {SERVER, KV}),
+    "no room for what is held": (lambda one: {"cards": (None,), "budget": one.weights}, {SERVER, KV}),
+    "held of a budget that is not used": (lambda one: {"cards": (None,), "budget": one.budget + 8 * GIB}, {SERVER, KV}),
     "another budget": (lambda one: {"budget": one.budget + 9 * GIB}, {KV}),
-    "nothing said of the weights": (lambda _: {"weights": 0}, {IN_VLLM, KV, SERVER}),
+    "nothing said of the weights": (lambda _: {"weights_by_gpu": (0,)}, {IN_VLLM, KV, SERVER}),
     "nothing said of the KV cache": (lambda _: {"kv_tokens": 0}, {KV, SERVER}),
-    "NaN": (lambda _: {"weights": NAN, "kv_tokens": NAN}, {IN_VLLM, KV, SERVER}),
+    "NaN": (lambda _: {"weights_by_gpu": (NAN,), "kv_tokens": NAN}, {IN_VLLM, KV, SERVER}),
 }
 
 
@@ -301,7 +301,7 @@ def said_of_servers(served: Mapping[str, Served], selection: Selection) -> dict[
 
 def test_good_servers_hold(selection: Selection) -> None:
     """Servers that take what their ledgers say pass, whether or not NVML tells of processes."""
-    for artifact in (QUANTIZED, replace(QUANTIZED, card=None)):
+    for artifact in (QUANTIZED, replace(QUANTIZED, cards=(None,))):
         assert not_held(said_of_servers({"reference": SERVED, "artifact": artifact}, selection)) == set()
 
 
@@ -323,6 +323,63 @@ def test_every_quantity_of_a_server_has_a_fault(selection: Selection) -> None:
     ]
     assert len(judged_by(heard)) == 2 * (2 + 3) + 3
     assert judged_by(heard) - failed_alone(heard) == set()
+
+
+# -- over several GPUs -------------------------------------------------------------------------------------------------
+
+EACH = "each GPU"
+SPREAD = {
+    name: replace(one, weights_by_gpu=2 * one.weights_by_gpu, cards=2 * one.cards)
+    for name, one in (("reference", SERVED), ("artifact", QUANTIZED))
+}
+SHARES = "GPUs with another share of the weights than predicted"
+SPREAD_FAULTS: dict[str, tuple[Callable[[Served], dict[str, Any]], set[str]]] = {
+    "one GPU that said nothing": (
+        lambda one: {"weights_by_gpu": one.weights_by_gpu[:1]},
+        {"GPUs that say what their weights take"},
+    ),
+    "a whole model on one of them": (lambda one: {"weights_by_gpu": (one.weights, 2 * one.weights)}, {SHARES}),
+    "a tower that one of them lacks": (
+        lambda one: {"weights_by_gpu": (one.weights - 300 * MIB, one.weights)},
+        {SHARES},
+    ),
+    "a ledger of nothing": (lambda _: {"ledger": Ledger((), {"language_model": 36864})}, {SHARES}),
+    "a card without a process of the server's": (
+        lambda one: {"cards": (one.card, None)},
+        {"GPUs that hold memory of the server"},
+    ),
+    "something beside the model on one card": (
+        lambda one: {"cards": (one.card, one.card + 2 * GIB)},
+        {"the fullest card beyond the emptiest"},
+    ),
+}
+
+
+def said_of_each(served: Mapping[str, Served], selection: Selection) -> Verify:
+    """What the check of each GPU says of two servers."""
+    verify = listener()
+    test_memory.test_share_of_each_gpu(served, replace(selection, tensor_parallel=2), selection.limits, verify)
+    return verify
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["NVML tells", "NVML does not tell"])
+def test_good_shares_hold(hidden: bool, selection: Selection) -> None:
+    """Two GPUs that hold their shares pass, whether or not NVML tells of processes, and have a line each."""
+    cards = {"cards": (None, None)} if hidden else {}
+    verify = said_of_each({name: replace(one, **cards) for name, one in SPREAD.items()}, selection)
+    assert not verify.conclude()
+    (table,) = verify.tables
+    assert [row[:2] for row in table.rows] == [(name, 2) for name in SPREAD for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("fault", SPREAD_FAULTS)
+def test_fault_of_one_gpu_is_caught(fault: str, name: str, selection: Selection) -> None:
+    """Every fault of one GPU's share fails the quantity that it is meant for, and no other."""
+    changes, expected = SPREAD_FAULTS[fault]
+    verify = said_of_each({**SPREAD, name: replace(SPREAD[name], **changes(SPREAD[name]))}, selection)
+    failed = {m.quantity for m in verify.measurements if m.holds is False}
+    assert failed == {f"{name}: {quantity}" for quantity in expected}
 
 
 def test_budgets_grow_with_the_weights() -> None:

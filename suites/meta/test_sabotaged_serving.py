@@ -55,7 +55,7 @@ def recording(logprobs: Tensor, seed: int, kernel: str = "machete") -> Recorded:
     taught = [Taught("s", (0,), disturbed(logprobs, 1e-3, seed))]
     alone = [Taught("s", (0,), disturbed(taught[0].logprobs, 1e-3, seed + 1))]
     return Recorded(
-        Started(1.0, 1, 1, (kernel,)),
+        Started(1.0, (1,), 1, (kernel,)),
         {"text": greedy(), "alone": greedy()[: test_serving.ALONE]},
         {"text-taught": taught, "alone-taught": alone},
     )
@@ -228,7 +228,7 @@ def all_short(world: World) -> None:
 
 def kernel_unnamed(world: World) -> None:
     """Marlin was forced, and a fallback taken."""
-    world.artifact["marlin"] = replace(world.artifact["marlin"], started=Started(1.0, 1, 1, ("marlin", "awq")))
+    world.artifact["marlin"] = replace(world.artifact["marlin"], started=Started(1.0, (1,), 1, ("marlin", "awq")))
 
 
 def high_floor(world: World) -> None:

@@ -99,7 +99,7 @@ def recording(
 ) -> Recorded:
     """What an engine is said to have replied."""
     answers = [reply(*said, sample=f"s{number}") for number in range(40)]
-    return Recorded(Started(1.0, 1, 1, kernels), {"text": answers}, {"text-taught": [Taught("s", (0,), logprobs)]})
+    return Recorded(Started(1.0, (1,), 1, kernels), {"text": answers}, {"text-taught": [Taught("s", (0,), logprobs)]})
 
 
 def said_by(check: Callable[..., None], selection: Selection, **given: Any) -> Verify:
@@ -121,7 +121,7 @@ OTHERS: dict[str, Recorded] = {
     "a layer's scales off": recording(moved(0.05)),
     "NaN": recording(torch.full_like(LOGPROBS, math.nan)),
     "one NaN": recording(LOGPROBS.clone().index_fill(0, torch.tensor([7]), math.nan)),
-    "nothing": Recorded(Started(1.0, 1, 1, ("marlin",)), {"text": []}, {"text-taught": []}),
+    "nothing": Recorded(Started(1.0, (1,), 1, ("marlin",)), {"text": []}, {"text-taught": []}),
 }
 
 

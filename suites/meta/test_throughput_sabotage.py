@@ -29,6 +29,7 @@ from suites.meta.contests import (
     first,
     good,
     recorded,
+    scaled_of,
 )
 
 
@@ -73,6 +74,9 @@ SLOW = {"machete": 9e-3, "marlin": 9e-3}
 ANOTHER_KERNEL = dataclasses.replace(good(), kernels={**KERNELS, "machete": ("marlin",)})
 APART = {"throughput together, of one by one, lower end", "time to first token together, of one by one, upper end"}
 TOGETHER_GOOD = arrivals((3e-3, 4e-3), 0)
+SCALED_STEPS = {"fp16 on 1": 5e-3, "marlin on 1": 3.4e-3, "fp16 on 2": 3.2e-3, "marlin on 2": 2.6e-3}
+SCALED_GOOD = recorded(SINGLE_STREAM, SCALED_STEPS)
+ON_TWO = "throughput of {} on 2 GPUs, of one's, lower end"
 OF_A_STEP = "of a decode step by {}, the time to read its weights"
 # check, what it is asked of, and exactly what must not hold, by whichever kernel
 PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
@@ -93,11 +97,33 @@ PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
     (test_throughput.test_concurrent_serving, busy(TOGETHER_GOOD), {SOUND[2][0]}),
     (test_throughput.test_concurrent_serving, arrivals((3e-3, 30e-3), 0), {min(APART)}),
     (test_throughput.test_concurrent_serving, arrivals((3e-3, 1e-3), 33e-3), {max(APART)}),
+    *((test_throughput.test_scaling, fault(SCALED_GOOD), {quantity}) for quantity, fault in SOUND if fault is not lost),
+    # what a kernel loses on two leaves it no ratio
+    (test_throughput.test_scaling, lost(SCALED_GOOD), {SOUND[1][0], ON_TWO.format("marlin")}),
+    (
+        test_throughput.test_scaling,
+        dataclasses.replace(SCALED_GOOD, kernels={**SCALED_GOOD.kernels, "marlin on 2": ("machete",)}),
+        {"conditions on another kernel"},
+    ),
+    *(
+        (
+            test_throughput.test_scaling,
+            recorded(SINGLE_STREAM, {**SCALED_STEPS, f"{name} on 2": 20e-3}),
+            {ON_TWO.format(name)},
+        )
+        for name in ("fp16", "marlin")
+    ),
     *(
         (test_throughput.test_step, steps(**{name: 5e-4 if name != "fp16" else 2e-3}), {OF_A_STEP.format(name)})
         for name in NAMES
     ),
 ]
+
+
+OTHERS = {
+    test_throughput.test_concurrent_serving: TOGETHER_GOOD,
+    test_throughput.test_scaling: SCALED_GOOD,
+}  # good rounds of another kind
 
 
 def heard(
@@ -108,7 +134,7 @@ def heard(
     verify = listener()
     given: dict[str, Any] = {"contest": contest_of(what), "target": FLOOR, "regime": what.regime, "verify": verify}
     given |= {"limits": selection.limits, "reference": 14 << 30, "artifact": 5 << 30, "adapter": None}
-    given |= {"bandwidth": 4.3e12}
+    given |= {"bandwidth": 4.3e12, "scaled": scaled_of(what)}
     check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
     judged = [m for m in verify.measurements if m.bound]
     return {re.sub(r" by the best kernel, of FP16's", ", of FP16's", m.quantity): bool(m.holds) for m in judged}
@@ -130,7 +156,7 @@ def test_every_quantity_has_a_fault(selection: Selection, monkeypatch: pytest.Mo
     checks = {check for name, check in vars(test_throughput).items() if name.startswith("test_")}
     assert checks == {check for check, _, _ in PLANTED}
     for check in checks:
-        what = TOGETHER_GOOD if check is test_throughput.test_concurrent_serving else good()
+        what = OTHERS.get(check, good())
         judged = heard(check, what, selection, monkeypatch)
         assert [quantity for quantity, holds in judged.items() if not holds] == []
         assert judged.keys() == {quantity for of, _, expected in PLANTED if of is check for quantity in expected}
