@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fixtures.adapters import ADAPTERS
+from fixtures.adapters.view import HubView
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.engines import packed
@@ -138,6 +139,32 @@ def test_kernels_in_vllm(made: Callable[[str, str], Checkpoint]) -> None:
         in_vllm(made("qwen2_5_vl", kind), adapter).by_tower()["language_model"] for kind in ("bnb-nf4", "bnb-nf4-dq")
     )
     assert plain == nested
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_share_of_each_gpu(gpus: int, made: Callable[[str, str], Checkpoint]) -> None:
+    """Of several GPUs each holds its part of every matrix and all of the rest; of two heads of keys, four hold one."""
+    adapter, reference = ADAPTERS["qwen2_5_vl"], made("qwen2_5_vl", "")
+    view = HubView(reference, adapter)
+    parts = {
+        name: min(gpus, 2) if ".k_proj" in name or ".v_proj" in name else gpus
+        for name in view
+        if len(view.info(name).shape) == 2  # the patches' kernel has five dimensions, norms and biases one
+    }
+    alone, shared = in_vllm(reference, adapter, MEDIA), in_vllm(reference, adapter, MEDIA, gpus=gpus)
+    assert {one.name: before.bytes / one.bytes for before, one in zip(alone.held, shared.held, strict=True)} == {
+        one.name: parts.get(one.name, 1) for one in alone.held
+    }
+    assert alone.kv_per_token == {name: 2 * size for name, size in shared.kv_per_token.items()}
+
+
+def test_share_of_each_gpu_in_codes(made: Callable[[str, str], Checkpoint]) -> None:
+    """Codes, scales and zero points of a linear are shared as the linear is."""
+    adapter, artifact = ADAPTERS["qwen2_5_vl"], made("qwen2_5_vl", "rtn")
+    alone, shared = (in_vllm(artifact, adapter, (), ["marlin"], gpus).by_tower()["language_model"] for gpus in (1, 2))
+    for kind in ("codes", "scales", "zero points"):
+        assert shared[kind] * 2 == alone[kind]
+    assert shared["buffers"] == alone["buffers"]
 
 
 def test_known_figures_of_vllm() -> None:
