@@ -57,6 +57,11 @@ def good(regime: Regime = SINGLE_STREAM) -> Recorded:
     return recorded(regime, GOOD_STEPS)
 
 
+# On one GPU and on two
+SCALED_STEPS = {"fp16 on 1": 5e-3, "marlin on 1": 3.4e-3, "fp16 on 2": 3.2e-3, "marlin on 2": 2.6e-3}
+SCALED_GOOD = recorded(SINGLE_STREAM, SCALED_STEPS)
+
+
 def changed(change: Change, what: Recorded | None = None, condition: str = "marlin") -> Recorded:
     """Rounds with one condition's changed, or left out where ``change`` gives None."""
     what = what or good()
@@ -84,9 +89,9 @@ def contest_of(what: Recorded) -> Any:
     """A contest that has measured ``what``, whatever it is asked for."""
 
     class Measured:
-        names = NAMES
-        cards = 1
-        expected = KERNELS
+        names = what.conditions if any(ON in name for name in what.conditions) else NAMES
+        cards = 1 if names == NAMES else 2
+        expected = {name: (name.split(ON)[0],) for name in names}
         others: dict[str, int | None] = {}
 
         def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:
@@ -99,14 +104,6 @@ def contest_of(what: Recorded) -> Any:
             return target.weights
 
     return Measured()
-
-
-def scaled_of(what: Recorded) -> Any:
-    """A contest of kernels on one GPU and on two, that has measured ``what``."""
-    contest = contest_of(what)
-    contest.names, contest.cards = what.conditions, 2
-    contest.expected = {name: (name.split(ON)[0],) for name in what.conditions}
-    return contest
 
 
 def throughput(what: Recorded, selection: Selection, target: Target = CLAIM) -> dict[str, Measurement]:

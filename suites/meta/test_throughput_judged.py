@@ -22,6 +22,7 @@ from suites.meta.contests import (
     GOOD_STEPS,
     KERNELS,
     NAMES,
+    SCALED_GOOD,
     arrivals,
     broken,
     changed,
@@ -62,11 +63,20 @@ def test_no_gain_where_none_is_expected(selection: Selection) -> None:
     assert "no, only" in said["gain expected"].detail
 
 
-@pytest.mark.parametrize("check", [test_throughput.test_throughput, test_throughput.test_latency])
+@pytest.mark.parametrize(
+    ("check", "what"),
+    [
+        (test_throughput.test_throughput, good()),
+        (test_throughput.test_latency, good()),
+        (test_throughput.test_scaling, SCALED_GOOD),  # here uneven of FP16 alone: each kernel has a bound
+    ],
+    ids=["throughput", "latency", "scaling"],
+)
 @pytest.mark.parametrize("noisy", [False, True])
-def test_checks_ask_for_rounds_until_their_bound_is_decided(check: Any, noisy: bool, selection: Selection) -> None:
+def test_checks_ask_for_rounds_until_their_bound_is_decided(
+    check: Any, what: Recorded, noisy: bool, selection: Selection
+) -> None:
     """A check asks for more rounds where its own bound lies inside an interval, and for none where it does not."""
-    what = good()
     asked: list[bool] = []
 
     class Curious(type(contest_of(what))):  # type: ignore[misc]

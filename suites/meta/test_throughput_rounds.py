@@ -31,6 +31,7 @@ from fixtures.meters.regimes import (
 from fixtures.meters.rounds import turns
 from fixtures.subjects import shipped
 from fixtures.throughput_under_test import Contest, conditions
+from suites import test_throughput
 from suites.meta.scripted import Answer, chunk, ending, serving, whole
 
 # Arrived at 0, sent at 1 and 2; three tokens one by one, and four of which three come together.
@@ -279,6 +280,24 @@ def test_nobody_spins_beside_a_round(cards: int, monkeypatch: pytest.MonkeyPatch
     before = len(log)
     contest.arrivals("marlin")
     assert len([entry for entry in log[before:] if not isinstance(entry, str)]) <= len(rest), "one server's alone"
+
+
+def test_on_one_gpu_and_on_all() -> None:
+    """Over several GPUs each condition is run on one, too, by servers of its own, and is named for its kernel."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    servers = NoServers()
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True, tensor_parallel=2)
+    contest = Contest(compared, servers, 1000, None, pause=lambda _: None)  # type: ignore[arg-type]
+    contest.start(text=True, pictures=False)
+
+    both = contest.on_one_and_all()
+    recorded = both(Regime("few", 5, 3, 2, 4))
+
+    assert recorded.conditions == ("fp16 on 1", "marlin on 1", "fp16 on 2", "marlin on 2")
+    assert test_throughput.pairs(both.names) == [("fp16 on 1", "fp16 on 2"), ("marlin on 1", "marlin on 2")]
+    assert [serving.tensor_parallel for _, serving in servers.running] == [2, 2, 1, 1], "those on all went on"
+    assert not recorded.fallbacks(both.expected)
+    assert both.cards == 2
 
 
 def test_undecided_rounds_are_followed_by_more() -> None:

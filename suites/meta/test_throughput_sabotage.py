@@ -22,6 +22,8 @@ from suites.meta.contests import (
     GOOD_STEPS,
     KERNELS,
     NAMES,
+    SCALED_GOOD,
+    SCALED_STEPS,
     arrivals,
     changed,
     contest_of,
@@ -29,7 +31,6 @@ from suites.meta.contests import (
     first,
     good,
     recorded,
-    scaled_of,
 )
 
 
@@ -74,8 +75,6 @@ SLOW = {"machete": 9e-3, "marlin": 9e-3}
 ANOTHER_KERNEL = dataclasses.replace(good(), kernels={**KERNELS, "machete": ("marlin",)})
 APART = {"throughput together, of one by one, lower end", "time to first token together, of one by one, upper end"}
 TOGETHER_GOOD = arrivals((3e-3, 4e-3), 0)
-SCALED_STEPS = {"fp16 on 1": 5e-3, "marlin on 1": 3.4e-3, "fp16 on 2": 3.2e-3, "marlin on 2": 2.6e-3}
-SCALED_GOOD = recorded(SINGLE_STREAM, SCALED_STEPS)
 ON_TWO = "throughput of {} on 2 GPUs, of one's, lower end"
 OF_A_STEP = "of a decode step by {}, the time to read its weights"
 # check, what it is asked of, and exactly what must not hold, by whichever kernel
@@ -134,7 +133,7 @@ def heard(
     verify = listener()
     given: dict[str, Any] = {"contest": contest_of(what), "target": FLOOR, "regime": what.regime, "verify": verify}
     given |= {"limits": selection.limits, "reference": 14 << 30, "artifact": 5 << 30, "adapter": None}
-    given |= {"bandwidth": 4.3e12, "scaled": scaled_of(what)}
+    given |= {"bandwidth": 4.3e12, "scaled": contest_of(what)}
     check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
     judged = [m for m in verify.measurements if m.bound]
     return {re.sub(r" by the best kernel, of FP16's", ", of FP16's", m.quantity): bool(m.holds) for m in judged}
@@ -175,6 +174,7 @@ def test_limits_are_there_for_every_case(selection: Selection) -> None:
                     assert 0 < ratio < 3
                     assert ttft > 0
                     assert itl > 0
+                    assert 0 < selection.limits("throughput.scaling", case[0], "marlin", regime.name) < 2
     assert selection.limits("throughput.ratio", CLAIM.weights, "rtn", "single_stream") >= 1.32
     assert selection.limits("throughput.concurrent", CLAIM.weights) == 1.72
     assert selection.limits("throughput.concurrent_ttft", CLAIM.weights) == 0.17
