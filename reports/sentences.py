@@ -11,7 +11,7 @@ from fixtures.core.results import Result
 from reports import verdict
 from reports.verdict import Verdict
 
-NARROW = 0.05  # of its bound: a value this near to it is a warning
+NARROW = 0.05  # of the room up to its bound: a value this near to it is a warning
 _FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen2_5_omni": "Qwen2.5-Omni"}
 _QUANTIZERS = {
     "awq": "AWQ",
@@ -64,7 +64,7 @@ def warnings(found: Verdict) -> list[Caution]:
     """What a target should not be called proved without: known failures, gaps, and bounds held by next to nothing.
 
     Known to fail, skipped, no longer failing as listed: a warning per check. Of a passed check: a warning per value
-    within ``NARROW`` of its bound, where such a share says something (``verdict.apart``).
+    within ``NARROW`` of its bound, of the room that the bound leaves (``verdict.nearness``).
     """
     said = {"xfailed": "is known to fail", "skipped": "was skipped", "xpassed": "is listed as failing and passed"}
     listed = []
@@ -105,8 +105,8 @@ def telling(results: Iterable[Result]) -> Measurement | None:
 
 
 def _narrow(measurement: Measurement) -> bool:
-    share = verdict.margin(measurement)
-    return share is not None and bool(measurement.holds) and verdict.apart(measurement) and share < NARROW
+    near = verdict.nearness(measurement)
+    return near is not None and bool(measurement.holds) and near < NARROW
 
 
 def _scheme(target: str, about: Mapping[str, Any]) -> str:

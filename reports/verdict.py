@@ -105,10 +105,10 @@ class Verdict:
 
     @property
     def _tightest(self) -> str:
-        known = [(share, m.quantity) for m in self.held if apart(m) and (share := margin(m)) is not None]
+        known = [(near, m.quantity, margin(m) or 0) for m in self.held if (near := nearness(m)) is not None]
         if not known:
             return ""
-        share, quantity = min(known)
+        _, quantity, share = min(known)
         return f"; the tightest, {quantity}, by {percent(share)}"
 
     @property
@@ -205,16 +205,22 @@ def margin(measurement: Measurement) -> float | None:
     return inside / abs(bound.limit)
 
 
-def apart(measurement: Measurement) -> bool:
-    """Whether a share of the bound says how near to it a value is.
+def nearness(measurement: Measurement) -> float | None:
+    """How near to its bound a value is, as a share of the room that the bound leaves; negative when beyond it.
 
-    Limits about one (``_RATIOS``) are of what is about all, or as much as something else: its margin is always a small
-    share, and says nothing. So it is with a count that is just what was asked for.
+    The room is all of the limit, or, of a limit about one (``_RATIOS``), which is of all, or of as much as something
+    else, how far it is from one: 1.01 is half way to 1.02, though 1 % away. None where no share says anything: for a
+    limit of one or zero, and for a count that is just what was asked for.
     """
-    bound = measurement.bound
-    if bound is None or bound.kind == "equal_to" or _RATIOS[0] <= abs(bound.limit) <= _RATIOS[1]:
-        return False
-    return not (measurement.value == bound.limit and float(measurement.value).is_integer())
+    bound, share = measurement.bound, margin(measurement)
+    if bound is None or share is None or bound.kind == "equal_to":
+        return None
+    if measurement.value == bound.limit and float(measurement.value).is_integer():
+        return None
+    limit = abs(bound.limit)
+    if not _RATIOS[0] <= limit <= _RATIOS[1]:
+        return share
+    return share * limit / abs(limit - 1) if limit != 1 else None
 
 
 def percent(share: float) -> str:

@@ -243,12 +243,19 @@ def test_targets_are_called_by_names_that_people_use(size, quantizer, scheme, ti
         (6.0, Bound("at_least", 6.0), False),  # a count on its bound
         (1.0, Bound("at_most", 1.00002), False),  # theory's own limit
         (0.99, Bound("at_most", 1.004), False),  # a ratio about one
+        (1.0189, Bound("at_most", 1.02), False),  # 0.1 % away, yet with a twentieth of its room left
+        (1.0191, Bound("at_most", 1.02), True),
+        (1.1523, Bound("at_least", 1.15), True),  # a gain that is wanted, and hardly there
+        (1.16, Bound("at_least", 1.15), False),
+        (0.869, Bound("at_most", 0.87), True),
+        (0.852, Bound("at_most", 0.87), False),
+        (1.0001, Bound("at_least", 1.0), False),  # no room to take a share of
         (19.6, Bound("at_most", 20.0), True),
         (0.0, Bound("equal_to", 0.0), False),
     ],
 )
 def test_narrow_margins_are_warned_of(value, bound, warned):
-    """A value within 5 % of its bound is a warning, unless that bound is about one or the value is a count on it."""
+    """A value within 5 % of its bound, of the room to one for a bound about one, is a warning; a count on it is not."""
     measured = Measurement("q", value, "", bound)
     (found,) = verdicts(Run({}, (about("tiny", "awq", "test_a.py::test_a", measurements=(measured,)),)))
     assert bool(warnings(found)) == warned

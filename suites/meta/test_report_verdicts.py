@@ -71,6 +71,15 @@ def test_uncollected_module():
     assert verdict(result("passed", GOOD), lost) == "incomplete (suites/test_roundtrip.py was not collected)"
 
 
+def test_the_tightest_is_the_one_with_the_least_room():
+    """The sentence names the value that has used most of its room, and how far from its bound it is."""
+    gain = Measurement("gain", 1.1523, "", Bound("at_least", 1.15))  # 0.0023 of the 0.15 that were wanted
+    weights = Measurement("weights", 1.01, "", Bound("at_most", 1.02))  # half of its room, though 1 % away
+    wait = Measurement("wait", 0.12, "", Bound("at_most", 0.17))
+    (found,) = verdicts(Run({}, (result("passed", wait, weights, gain),)))
+    assert found.sentence == "is proved: all 3 bounds hold in 1 check; the tightest, gain, by 0.2 %."
+
+
 def test_verdicts_keep_targets_apart():
     """A failure of one target says nothing of another."""
     run = Run({}, (result("passed", GOOD), result("failed", BAD, quantizer="rtn")))
