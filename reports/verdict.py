@@ -81,7 +81,7 @@ class Verdict:
     @cached_property
     def held(self) -> tuple[Measurement, ...]:
         """Measurements of passed checks that hold against a bound."""
-        return tuple(m for r in self.results if r.outcome == "passed" for m in r.measurements if m.holds)
+        return tuple(m for _, m in self._holding)
 
     @property
     def sentence(self) -> str:
@@ -103,13 +103,18 @@ class Verdict:
                 passed = counted(sum(r.outcome == "passed" for r in self.results), "check")
                 return f"is proved: {_held(len(self.held))} in {passed}{self._tightest}."
 
+    @cached_property
+    def _holding(self) -> tuple[tuple[Result, Measurement], ...]:
+        return tuple((r, m) for r in self.results if r.outcome == "passed" for m in r.measurements if m.holds)
+
     @property
     def _tightest(self) -> str:
-        known = [(near, m.quantity, margin(m) or 0) for m in self.held if (near := nearness(m)) is not None]
+        known = [(near, at) for at, (_, m) in enumerate(self._holding) if (near := nearness(m)) is not None]
         if not known:
             return ""
-        _, quantity, share = min(known)
-        return f"; the tightest, {quantity}, by {percent(share)}"
+        result, tightest = self._holding[min(known)[1]]
+        where = f" ({case})" if (case := result.case or result.modality) else ""
+        return f"; the tightest, {tightest.quantity}{where}, by {percent(margin(tightest) or 0)}"
 
     @property
     def _known_bad(self) -> tuple[str, ...]:
