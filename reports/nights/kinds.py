@@ -27,11 +27,16 @@ _ARTIFACT = "_artifact"  # ends the target of an artifact that was given, not ma
 
 
 def kind_of(about: Mapping[str, Any]) -> Kind:
-    """The kind of a run: its GPUs and their driver, or, without any, its CPU and cores; and its versions."""
+    """The kind of a run: its GPUs and their driver, or, without any, its CPU and cores; and its versions.
+
+    Over how many GPUs its engines spread, too, where that is not one: their figures have the same names.
+    """
     machine = _mapping(about.get("machine"))
     names = ("gpu", "driver") if machine.get("gpu") else ("cpu", "cores")
+    engines = _mapping(_mapping(about.get("subjects")).get("engines"))
+    spread = {"engines": engines["spread"]} if engines.get("spread") else {}
     versions = _mapping(about.get("versions"))
-    return Kind(_chosen(machine, names), _chosen(versions, _VERSIONS))
+    return Kind(_chosen({**machine, **spread}, (*names, *spread)), _chosen(versions, _VERSIONS))
 
 
 def on_gpu(kind: Kind) -> bool:

@@ -160,9 +160,17 @@ def test_header_tells_of_others(case: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpus, "visible", lambda: ["0"])
     monkeypatch.setattr(nvml, "card", lambda index=0: nvml.Card("NVIDIA H200", "580.1", 139 << 30, 5 << 30))
     monkeypatch.setattr(nvml, "bytes_of_others", lambda own, index=0: others)
-    config: Any = SimpleNamespace(stash=pytest.Stash())
+    config: Any = SimpleNamespace(stash=pytest.Stash(), option=SimpleNamespace())
     assert gpus.pytest_report_header(config) == [f"gpu 0: {said}"]
     assert config.stash[ABOUT] == {"gpus at start": {"gpu 0": said}}
+
+
+def test_report_tells_how_wide_engines_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over how many GPUs an engine spreads is in the report, where it is not one."""
+    monkeypatch.setattr(gpus, "visible", list)
+    config: Any = SimpleNamespace(stash=pytest.Stash(), option=SimpleNamespace(tensor_parallel=2))
+    assert gpus.pytest_report_header(config) == []
+    assert config.stash[ABOUT] == {"engines": {"spread": "over 2 GPUs"}}
 
 
 @pytest.mark.gpu

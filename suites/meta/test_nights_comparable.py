@@ -43,6 +43,14 @@ def test_kind() -> None:
     assert kinds.kind_of({"machine": 3, "versions": []}) == Kind((), ())
 
 
+def test_engines_over_several_gpus_are_another_kind() -> None:
+    """A night whose engines spread over two GPUs is not compared with one whose engines have one each."""
+    alone, spread = ({"machine": GPU, "subjects": engines} for engines in ({}, {"engines": {"spread": "over 2 GPUs"}}))
+    assert kinds.differences(kinds.kind_of(alone), kinds.kind_of(spread)) == ["engines none -> over 2 GPUs"]
+    assert kinds.machine_words(kinds.kind_of(spread)) == f"{GPU['gpu']}, driver 580.159.04, engines over 2 GPUs"
+    assert kinds.kind_of({**spread, "subjects": {"engines": 3}}) == kinds.kind_of(alone)
+
+
 def test_kinds_apart(history: History) -> None:
     """Nights of another machine or other versions are other series."""
     kept(history, run(1), run(2, machine=GPU), run(3, versions={**VERSIONS, "torch": "2.12.0"}), run(4))
