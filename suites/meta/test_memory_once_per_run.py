@@ -67,8 +67,9 @@ class Servers:
     def __call__(self, checkpoint, serving):
         if called(f"serve {{checkpoint.digest}}"):
             raise EngineError("no memory is left")
+        weights = tuple(range(690, 690 + serving.tensor_parallel))
         return SimpleNamespace(
-            started=SimpleNamespace(kernels=("marlin",), weights_by_gpu=(690,), kv_tokens=7), pids=lambda: {{1}}
+            started=SimpleNamespace(kernels=("marlin",), weights_by_gpu=weights, kv_tokens=7), pids=lambda: {{1}}
         )
 
     def stop(self, checkpoint, serving):
@@ -77,10 +78,12 @@ class Servers:
 
 memory_under_test.measure = measure
 memory_under_test.of_checkpoint = lambda *_: Ledger((), {{}})
-memory_under_test.in_vllm = lambda checkpoint, adapter, media, kernels=(), gpus=1: Ledger((), {{"of": len(kernels)}})
+memory_under_test.in_vllm = lambda checkpoint, adapter, media, kernels=(), gpus=1: Ledger(
+    (), {{"of": len(kernels), "gpus": gpus}}
+)
 memory_under_test.would_fit = lambda *_: ""
 nvml.card = lambda index=0: nvml.Card("a card", "580.1", 1 << 40, 0)
-nvml.process_bytes = lambda pids, index: 1340
+nvml.process_bytes = lambda pids, index: 1340 - index
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +126,7 @@ def test_it(digest, measured_memory, served_memory, each_for_itself, request):
             assert ask() is one
             said = repr(one)
         except UserError as error:
-            said = type(error).__name__
+            said = f"{{type(error).__name__}}: {{error}}"
         (FOLDER / f"{{what}} {{digest}} {{worker}}").write_text(said)
 """
 
@@ -161,7 +164,7 @@ def test_two_workers_measure_once(pytester: pytest.Pytester, monkeypatch: pytest
         assert "Peak(allocated=800, " in said["measure good"][0]
         assert said["serve good"] == said["serve good"][:1] * 2
         assert said["serve good"][0].startswith(SERVED)
-        assert "kv_per_token={'of': 1}" in said["serve good"][0], "the ledger is of the kernels that were named"
+        assert "kv_per_token={'of': 1, 'gpus': 1}" in said["serve good"][0], "a ledger of the kernels that were named"
         assert "kernels=('marlin',), cards=(1340,), budget=274877906944" in said["serve good"][0]
         for what, failure in {
             "measure second": "OutOfMemoryError",
@@ -169,8 +172,8 @@ def test_two_workers_measure_once(pytester: pytest.Pytester, monkeypatch: pytest
             "serve second": "OutOfMemoryError",
         }.items():
             assert calls[what] == 2, what
-            first, second = sorted(said[what], key=lambda told: "(" in told)
-            assert first == failure
+            first, second = sorted(said[what], key=lambda told: told.startswith((MEASURED, SERVED)))
+            assert first.startswith(f"{failure}: ")
             assert second.startswith((MEASURED, SERVED))
 
 
@@ -179,8 +182,18 @@ def test_one_process_measures_once(pytester: pytest.Pytester, monkeypatch: pytes
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     calls, said = run_inner(pytester)
     assert (calls["measure good"], calls["serve good"], calls["measure second"]) == (1, 1, 1)
-    assert said["measure second"] == ["OutOfMemoryError"]
+    assert said["measure second"][0].startswith("OutOfMemoryError: ")
     assert [file.name for file in pytester.path.rglob("measured-*")] == []
+
+
+def test_servers_over_two_gpus(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--tensor-parallel 2`` servers spread over two GPUs, whose weights, cards and ledgers are told of."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    _, said = run_inner(pytester, "--tensor-parallel", "2")
+    assert "kv_per_token={'of': 1, 'gpus': 2}" in said["serve good"][0]
+    assert "weights_by_gpu=(690, 691), kv_tokens=7, " in said["serve good"][0]
+    assert "cards=(1340, 1339), " in said["serve good"][0]
+    assert "no memory is left\non each of 2 GPUs its weights alone need 0.00 GiB" in said["serve second"][0]
 
 
 # -- by itself ---------------------------------------------------------------------------------------------------------

@@ -199,7 +199,8 @@ def failed_alone(heard: Iterable[Mapping[str, Verify]]) -> set[str]:
 
 def test_every_check_is_asked(selection: Selection) -> None:
     """There is no check of memory that no fault is planted for."""
-    asked = {*said(GOOD, selection), *said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection), EACH}
+    servers = said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection)
+    asked = {*said(GOOD, selection), *servers, *said_of_each(SPREAD, selection)}
     checks = [name for name in vars(test_memory) if name.startswith("test_")]
     assert len(asked) == len(checks) == 9
 
@@ -332,54 +333,76 @@ SPREAD = {
     name: replace(one, weights_by_gpu=2 * one.weights_by_gpu, cards=2 * one.cards)
     for name, one in (("reference", SERVED), ("artifact", QUANTIZED))
 }
-SHARES = "GPUs with another share of the weights than predicted"
+TELL, OTHER = "GPUs that say what their weights take", "GPUs that hold other weights than predicted"
+NOWHERE, APART = "GPUs that hold memory of the server", "the fullest card beyond the emptiest"
 SPREAD_FAULTS: dict[str, tuple[Callable[[Served], dict[str, Any]], set[str]]] = {
-    "one GPU that said nothing": (
-        lambda one: {"weights_by_gpu": one.weights_by_gpu[:1]},
-        {"GPUs that say what their weights take"},
-    ),
-    "a whole model on one of them": (lambda one: {"weights_by_gpu": (one.weights, 2 * one.weights)}, {SHARES}),
-    "a tower that one of them lacks": (
-        lambda one: {"weights_by_gpu": (one.weights - 300 * MIB, one.weights)},
-        {SHARES},
-    ),
-    "a ledger of nothing": (lambda _: {"ledger": Ledger((), {"language_model": 36864})}, {SHARES}),
-    "a card without a process of the server's": (
-        lambda one: {"cards": (one.card, None)},
-        {"GPUs that hold memory of the server"},
-    ),
-    "something beside the model on one card": (
-        lambda one: {"cards": (one.card, one.card + 2 * GIB)},
-        {"the fullest card beyond the emptiest"},
-    ),
+    "a third GPU": (lambda one: {"weights_by_gpu": 3 * one.weights_by_gpu[:1]}, {TELL}),
+    "nothing said of the weights": (lambda _: {"weights_by_gpu": ()}, {TELL, OTHER}),
+    "a whole model on one of them": (lambda one: {"weights_by_gpu": (one.weights, 2 * one.weights)}, {OTHER}),
+    "a tower that the other lacks": (lambda one: {"weights_by_gpu": (one.weights - 300 * MIB, one.weights)}, {OTHER}),
+    "a whole model on the only one that tells": (lambda one: {"weights_by_gpu": (2 * one.weights,)}, {OTHER}),
+    "NaN": (lambda one: {"weights_by_gpu": (one.weights, NAN)}, {OTHER}),
+    "a ledger of nothing": (lambda _: {"ledger": Ledger((), {"language_model": 36864})}, {OTHER}),
+    "a card without a process of the server's": (lambda one: {"cards": (one.card, None)}, {NOWHERE}),
+    "a stray context on the second card": (lambda one: {"cards": (one.card, one.card + CONTEXT)}, {APART}),
+    "a stray context on the first card": (lambda one: {"cards": (one.card + CONTEXT, one.card)}, {APART}),
 }
 
 
-def said_of_each(served: Mapping[str, Served], selection: Selection) -> Verify:
+def said_of_each(served: Mapping[str, Served], selection: Selection) -> dict[str, Verify]:
     """What the check of each GPU says of two servers."""
     verify = listener()
     test_memory.test_share_of_each_gpu(served, replace(selection, tensor_parallel=2), selection.limits, verify)
-    return verify
+    return {EACH: verify}
 
 
-@pytest.mark.parametrize("hidden", [False, True], ids=["NVML tells", "NVML does not tell"])
-def test_good_shares_hold(hidden: bool, selection: Selection) -> None:
-    """Two GPUs that hold their shares pass, whether or not NVML tells of processes, and have a line each."""
-    cards = {"cards": (None, None)} if hidden else {}
-    verify = said_of_each({name: replace(one, **cards) for name, one in SPREAD.items()}, selection)
+def test_good_shares_hold(selection: Selection) -> None:
+    """Two GPUs that hold their shares pass, and have a line each."""
+    verify = said_of_each(SPREAD, selection)[EACH]
     assert not verify.conclude()
     (table,) = verify.tables
-    assert [row[:2] for row in table.rows] == [(name, 2) for name in SPREAD for _ in range(2)]
+    assert table.rows == (
+        ("reference", 0, 7.34, 7.34, 28.993, 500_000),
+        ("reference", 1, 7.34, 7.34, 28.993, 500_000),
+        ("artifact", 0, 2.831, 2.831, 28.993, 500_000 + GAINED),
+        ("artifact", 1, 2.831, 2.831, 28.993, 500_000 + GAINED),
+    )
+
+
+def test_shares_that_nobody_tells(selection: Selection) -> None:
+    """Where the log tells of one GPU alone, or NVML of no process, the report says so, and what is known is judged."""
+    silent = {name: replace(one, cards=(None, None), weights_by_gpu=(one.weights,)) for name, one in SPREAD.items()}
+    verify = said_of_each(silent, selection)[EACH]
+    assert not verify.conclude()
+    notes = [m.quantity for m in verify.measurements if not m.bound]
+    assert notes == [
+        f"{name}: {what}"
+        for name in SPREAD
+        for what in ("vLLM's log tells of its first GPU alone", "NVML tells nothing of single processes here")
+    ]
+    assert [m.quantity for m in verify.measurements if m.bound] == [f"{name}: {OTHER}" for name in SPREAD]
+    assert verify.tables[0].rows[1] == ("reference", 1, 7.34, None, None, 500_000)
 
 
 @pytest.mark.parametrize("name", SPREAD)
 @pytest.mark.parametrize("fault", SPREAD_FAULTS)
 def test_fault_of_one_gpu_is_caught(fault: str, name: str, selection: Selection) -> None:
-    """Every fault of one GPU's share fails the quantity that it is meant for, and no other."""
+    """Every fault of one GPU's share fails the quantities that it is meant for, and no others."""
     changes, expected = SPREAD_FAULTS[fault]
-    verify = said_of_each({**SPREAD, name: replace(SPREAD[name], **changes(SPREAD[name]))}, selection)
+    verify = said_of_each({**SPREAD, name: replace(SPREAD[name], **changes(SPREAD[name]))}, selection)[EACH]
     failed = {m.quantity for m in verify.measurements if m.holds is False}
     assert failed == {f"{name}: {quantity}" for quantity in expected}
+
+
+def test_every_quantity_of_a_gpu_has_a_fault(selection: Selection) -> None:
+    """Every quantity that is judged of each GPU, of either server, is once all that fails, on some fault."""
+    heard = [
+        said_of_each({**SPREAD, name: replace(SPREAD[name], **changes(SPREAD[name]))}, selection)
+        for changes, _ in SPREAD_FAULTS.values()
+        for name in SPREAD
+    ]
+    assert judged_by(heard) == {f"{name}: {what}" for name in SPREAD for what in (TELL, OTHER, NOWHERE, APART)}
+    assert judged_by(heard) - failed_alone(heard) == set()
 
 
 def test_budgets_grow_with_the_weights() -> None:
