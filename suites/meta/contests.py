@@ -101,7 +101,7 @@ def contest_of(what: Recorded) -> Any:
             return what
 
         def weights_of(self, target: Target) -> str:
-            return target.weights
+            return target.weights if self.cards == 1 else f"{target.weights}-tp{self.cards}"
 
     return Measured()
 

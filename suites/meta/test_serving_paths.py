@@ -31,7 +31,8 @@ from fixtures.engines.offline_worker import as_vllm_takes_it, taught
 from fixtures.engines.process import EngineError
 from fixtures.engines.requests import audio_url, chat_request, video_url
 from fixtures.engines.server import Server, Serving, start_server
-from fixtures.serving_under_test import applicable
+from fixtures.options import SELECTION
+from fixtures.serving_under_test import applicable, pytest_collection_modifyitems
 from fixtures.subjects.samples import draw
 from suites import test_serving
 from suites.meta import fake_vllm
@@ -309,3 +310,27 @@ def test_decoded_checkpoint(good_artifact: Path, tmp_path: Path) -> None:
 def test_targets_that_are_served(subject: Target | None, chosen: bool, served: bool) -> None:
     """One target of each kind is served, any that the user chose, and none whose kernel is no dequantization."""
     assert applicable(subject, chosen) == served
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_bitsandbytes_is_not_spread(gpus: int) -> None:
+    """Over several GPUs no check that vLLM is started for is collected of bitsandbytes: it refuses to load that."""
+
+    def item(quantizer: str, *fixtures: str, marker: str = "") -> Any:
+        return SimpleNamespace(
+            callspec=SimpleNamespace(params={"target": Target("qwen2_5_vl", "3b", quantizer)}),
+            fixturenames=[*fixtures, "target", "verify"],
+            get_closest_marker=lambda name: name if name == marker else None,
+        )
+
+    kept = [item("rtn", "served"), item("rtn", "contest"), item("bnb-nf4", "memory"), item("bnb-nf4")]
+    refused = [
+        item("bnb-nf4", "served"),
+        item("bitsandbytes_artifact", "contest"),
+        item("bnb-nf4", marker="served"),
+    ]
+    items = [*kept, *refused]
+    selection = SimpleNamespace(tensor_parallel=gpus)
+    config: Any = SimpleNamespace(stash={SELECTION: selection}, option=SimpleNamespace(quantizer=["bnb-nf4"]))
+    pytest_collection_modifyitems(config, items)
+    assert items == ([*kept, *refused] if gpus == 1 else kept)

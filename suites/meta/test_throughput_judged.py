@@ -23,6 +23,7 @@ from suites.meta.contests import (
     KERNELS,
     NAMES,
     SCALED_GOOD,
+    SCALED_STEPS,
     arrivals,
     broken,
     changed,
@@ -133,6 +134,30 @@ def test_tables_hold_every_kernel(selection: Selection) -> None:
 
 
 # Throughput
+
+
+def test_scaling_holds_each_kernel_against_itself(selection: Selection) -> None:
+    """The table of scaling has a line a kernel: its tokens per second on one GPU and on two, and their ratio."""
+    verify = listener()
+    test_throughput.test_scaling(contest_of(SCALED_GOOD), CLAIM, SINGLE_STREAM, selection.limits, verify)
+    (table,) = verify.tables
+    assert [row[:3] for row in table.rows] == [("single_stream", "fp16", 2), ("single_stream", "marlin", 2)]
+    for row, gain in zip(table.rows, (5 / 3.2, 3.4 / 2.6), strict=True):
+        one, two, ratio, low, high = row[3:]
+        assert two / one == pytest.approx(gain, rel=0.03)  # type: ignore[operator]
+        assert low < ratio < high  # type: ignore[operator]
+        assert ratio == pytest.approx(gain, rel=0.02)
+    assert [str(regime) for regime in test_throughput.SCALED] == ["single_stream", "saturated_64"]
+
+
+def test_a_gain_by_several_gpus_is_judged_by_its_interval(selection: Selection) -> None:
+    """A gain on two GPUs that its rounds are too noisy to tell is none."""
+    verify = listener()
+    noisy = recorded(SINGLE_STREAM, {**SCALED_STEPS, "fp16 on 2": 5e-3 / 1.3}, noise=0.1)
+    test_throughput.test_scaling(contest_of(noisy), CLAIM, SINGLE_STREAM, selection.limits, verify)
+    said = {m.quantity: m for m in verify.measurements}
+    assert broken(said) == ["throughput of fp16 on 2 GPUs, of 1 GPU's, lower end"]
+    assert verify.tables[0].rows[0][5] > 1.2  # type: ignore[operator]
 
 
 def test_slower_kernels_are_caught(selection: Selection) -> None:

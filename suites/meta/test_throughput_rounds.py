@@ -14,6 +14,7 @@ from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.intervals import UNKNOWN, Interval
+from fixtures.core.targets import Target
 from fixtures.meters import rounds
 from fixtures.meters.bandwidth import Roofline, decode_bytes
 from fixtures.meters.load import Timing
@@ -282,22 +283,57 @@ def test_nobody_spins_beside_a_round(cards: int, monkeypatch: pytest.MonkeyPatch
     assert len([entry for entry in log[before:] if not isinstance(entry, str)]) <= len(rest), "one server's alone"
 
 
-def test_on_one_gpu_and_on_all() -> None:
-    """Over several GPUs each condition is run on one, too, by servers of its own, and is named for its kernel."""
-    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
-    servers = NoServers()
+def scaling(servers: NoServers, monkeypatch: pytest.MonkeyPatch, free: int = 80 << 30, **more: Any) -> Any:
+    """A contest over two GPUs whose servers run, and what ``one_and_all`` makes of it where so much memory is free."""
+    card = SimpleNamespace(free=free)
+    monkeypatch.setattr(throughput_under_test.nvml, "card", lambda index=0: card)
+    monkeypatch.setattr(throughput_under_test, "in_vllm", lambda *_: SimpleNamespace(total=7 << 30))
     compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True, tensor_parallel=2)
-    contest = Contest(compared, servers, 1000, None, pause=lambda _: None)  # type: ignore[arg-type]
-    contest.start(text=True, pictures=False)
+    contest = Contest(compared, servers, 1000, more.pop("pool", None), **more)  # type: ignore[arg-type]
+    contest.start(text=True, pictures=True)
+    return throughput_under_test.one_and_all(contest, ADAPTERS["qwen2_5_vl"])
 
-    both = contest.on_one_and_all()
+
+def test_on_one_gpu_and_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several GPUs each condition is run on one, too, by servers of its own, which end; those on all go on."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    servers, rests = NoServers(), []  # type: ignore[var-annotated]
+    fixture = scaling(servers, monkeypatch, pause=rests.append)
+    assert [serving.eager for _, serving in servers.running] == [True, True, False, False]
+
+    both = next(fixture)
     recorded = both(Regime("few", 5, 3, 2, 4))
 
     assert recorded.conditions == ("fp16 on 1", "marlin on 1", "fp16 on 2", "marlin on 2")
     assert test_throughput.pairs(both.names) == [("fp16 on 1", "fp16 on 2"), ("marlin on 1", "marlin on 2")]
-    assert [serving.tensor_parallel for _, serving in servers.running] == [2, 2, 1, 1], "those on all went on"
+    assert [serving.tensor_parallel for _, serving in servers.running] == [2, 2, 1, 1], "pictures' ended"
     assert not recorded.fallbacks(both.expected)
-    assert both.cards == 2
+    assert (both.cards, both.weights_of(Target("qwen2_5_vl", "7b", "rtn"))) == (2, "qwen2_5_vl-7b-tp2")
+    assert rests, "rounds on two GPUs are apart"
+    assert list(fixture) == []
+    assert [serving.tensor_parallel for _, serving in servers.running] == [2, 2]
+
+
+def test_large_loads_are_shared_on_one_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger loads come from several processes here, too."""
+    pools: list[object] = []
+
+    def loading(*_: Any, pool: object, **__: Any) -> Any:
+        pools.append(pool)
+        return SimpleNamespace(timings=(), busy=0.0)
+
+    monkeypatch.setattr(throughput_under_test, "load", loading)
+    next(scaling(NoServers(), monkeypatch, pool="several", pause=lambda _: None))(Regime("many", 5, 3, 64, 64))
+    assert set(pools) == {"several"}
+
+
+def test_scaling_wants_room_on_the_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first card has no room for servers on one GPU, scaling is skipped, saying how much it would take."""
+    needed = 2 * (7 + 6 + 1) << 30
+    assert next(scaling(NoServers(), monkeypatch, free=needed))
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        next(scaling(NoServers(), monkeypatch, free=needed - 1))
+    assert "on one GPU fp16, marlin need 28.0 GiB beside what is there, and 28.0 are free" in str(skipped.value)
 
 
 def test_undecided_rounds_are_followed_by_more() -> None:

@@ -66,6 +66,11 @@ def steps(**times: float) -> Recorded:
     return recorded(SINGLE_STREAM, {**GOOD_STEPS, **times})
 
 
+def scaled(**times: float) -> Recorded:
+    """Good rounds on one GPU and on two, but for the times per token of some conditions."""
+    return recorded(SINGLE_STREAM, {**SCALED_STEPS, **times})
+
+
 SOUND = (
     ("rounds counted, fewest of a condition", fewer),
     ("requests that are no measurement", lost),
@@ -75,7 +80,7 @@ SLOW = {"machete": 9e-3, "marlin": 9e-3}
 ANOTHER_KERNEL = dataclasses.replace(good(), kernels={**KERNELS, "machete": ("marlin",)})
 APART = {"throughput together, of one by one, lower end", "time to first token together, of one by one, upper end"}
 TOGETHER_GOOD = arrivals((3e-3, 4e-3), 0)
-ON_TWO = "throughput of {} on 2 GPUs, of one's, lower end"
+ON_TWO = "throughput of {} on 2 GPUs, of 1 GPU's, lower end"
 OF_A_STEP = "of a decode step by {}, the time to read its weights"
 # check, what it is asked of, and exactly what must not hold, by whichever kernel
 PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
@@ -104,14 +109,9 @@ PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
         dataclasses.replace(SCALED_GOOD, kernels={**SCALED_GOOD.kernels, "marlin on 2": ("machete",)}),
         {"conditions on another kernel"},
     ),
-    *(
-        (
-            test_throughput.test_scaling,
-            recorded(SINGLE_STREAM, {**SCALED_STEPS, f"{name} on 2": 20e-3}),
-            {ON_TWO.format(name)},
-        )
-        for name in ("fp16", "marlin")
-    ),
+    # by a twentieth too little of what the 7B is to gain: 1.2 and 1.0
+    (test_throughput.test_scaling, scaled(**{"fp16 on 2": 5e-3 / 1.14}), {ON_TWO.format("fp16")}),
+    (test_throughput.test_scaling, scaled(**{"marlin on 2": 3.4e-3 / 0.95}), {ON_TWO.format("marlin")}),
     *(
         (test_throughput.test_step, steps(**{name: 5e-4 if name != "fp16" else 2e-3}), {OF_A_STEP.format(name)})
         for name in NAMES
@@ -131,7 +131,8 @@ def heard(
     """Whether what a check judges holds, by quantity, without saying that it is the best kernel's."""
     monkeypatch.setattr(test_throughput, "decode_bytes", lambda checkpoint, _: checkpoint)
     verify = listener()
-    given: dict[str, Any] = {"contest": contest_of(what), "target": FLOOR, "regime": what.regime, "verify": verify}
+    target = CLAIM if check is test_throughput.test_scaling else FLOOR
+    given: dict[str, Any] = {"contest": contest_of(what), "target": target, "regime": what.regime, "verify": verify}
     given |= {"limits": selection.limits, "reference": 14 << 30, "artifact": 5 << 30, "adapter": None}
     given |= {"bandwidth": 4.3e12, "scaled": contest_of(what)}
     check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
