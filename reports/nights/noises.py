@@ -16,7 +16,6 @@ from scipy import special
 from reports.nights.baseline import Floats
 
 RECORDED = Path(__file__).with_name("noise.json")
-ROUNDS = 6  # behind a recorded interval
 TOGETHER = 10  # quantities of one regime, whose luck is half shared
 
 Noise = Callable[[Generator, int, int, int], Floats]
@@ -45,10 +44,13 @@ def repeats(rng: Generator, nights: int, histories: int, series: int, file: Path
 
 
 def sigmas(file: Path = RECORDED, regime: str | None = None) -> Floats:
-    """The standard deviations of a night's ratio, in logarithms, that the recorded intervals of six rounds tell."""
-    student = float(special.stdtrit(ROUNDS - 1, 0.975))
+    """The standard deviations of a night's ratio, in logarithms, that the recorded intervals of so many rounds tell."""
     kept = [row for row in _recorded(file)["intervals"] if regime in (None, row["regime"])]
-    return np.array([math.log(row["high"] / row["low"]) / 2 / student for row in kept])
+    return np.array([math.log(row["high"] / row["low"]) / 2 / _student(row["rounds"] - 1) for row in kept])
+
+
+def _student(freedom: int) -> float:
+    return float(special.stdtrit(freedom, 0.975))
 
 
 def rounds(

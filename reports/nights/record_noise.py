@@ -17,6 +17,7 @@ from typing import Any
 from fixtures.core.results import Run
 from reports import store
 
+COUNTED, FEWEST = "rounds counted", 6  # the quantity that says how many rounds there were, at least these
 TIMED = ("ms", "s", "GB/s", "tokens/s", "requests/s")
 
 
@@ -52,11 +53,15 @@ def repeats(runs: Sequence[Run], how: str) -> dict[str, Any]:
 
 
 def intervals(file: Path) -> list[dict[str, Any]]:
-    """The 95 % intervals of six rounds' ratios of tokens per second to FP16's, that a run's tables hold."""
-    tables = [t for result in store.load(file).results for t in result.tables if t.title == "Throughput"]
+    """The 95 % intervals of ratios of tokens per second to FP16's, that a run's tables hold, and of how many rounds."""
     wanted = ("regime", "kernel", "low", "high")
-    rows = [{name: row[t.columns.index(name)] for name in wanted} for t in tables for row in t.rows]
-    return [row | {"file": file.name} for row in rows if row["low"] is not None]
+    found = []
+    for result in store.load(file).results:
+        rounds = next((int(m.value) for m in result.measurements if m.quantity.startswith(COUNTED)), FEWEST)
+        for table in (t for t in result.tables if t.title == "Throughput"):
+            rows = [{name: row[table.columns.index(name)] for name in wanted} for row in table.rows]
+            found += [row | {"rounds": rounds, "file": file.name} for row in rows if row["low"] is not None]
+    return found
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fixtures.core.measurement import Measurement
-from fixtures.core.results import Result, Run
+from fixtures.core.results import Result, Run, Table
 from reports import store
 from reports.nights import baseline, noises, record_noise, shifts, simulation
 from reports.nights.noises import Noise, repeats, rounds, sigmas
@@ -166,6 +166,23 @@ def test_recording(tmp_path: Path) -> None:
     record_noise.main([*files, "--how", "by hand", "-o", str(tmp_path / "noise.json")])
     kept: dict[str, Any] = json.loads((tmp_path / "noise.json").read_text())
     assert kept["repeats"]["series"] == {"test_a cpu: median time, ms": [0.0, 9.53, -10.54]}
+
+
+def test_intervals_of_more_rounds_tell_of_the_same_noise(tmp_path: Path) -> None:
+    """An interval of eighteen rounds is held for what it is: by Student's t of 17 degrees, where six rounds have 5."""
+    columns = ("regime", "kernel", "low", "high")
+    results = []
+    for regime, number in (("alone", 6.0), ("by eights", 18.0)):
+        counted = Measurement("rounds counted, fewest of a condition", number)
+        table = Table("Throughput", columns, ((regime, "marlin", 0.9, 1.1), (regime, "fp16", None, None)))
+        about = {"measurements": (counted,), "tables": (table,)}
+        results.append(Result(f"suites/test_t.py::test_t[{regime}]", "passed", "", **about))  # type: ignore[arg-type]
+    run = str(tmp_path / "run.json")
+    store.save(Run({}, results), Path(run))
+    record_noise.main([run, "--how", "by hand", "--intervals", run, "-o", str(tmp_path / "n")])
+    half = math.log(1.1 / 0.9) / 2
+    assert noises.sigmas(tmp_path / "n", "alone") == pytest.approx([half / 2.5706])
+    assert noises.sigmas(tmp_path / "n", "by eights") == pytest.approx([half / 2.1098])
 
 
 def test_printed_table(capsys: pytest.CaptureFixture[str]) -> None:
