@@ -369,6 +369,14 @@ def test_good_shares_hold(selection: Selection) -> None:
     )
 
 
+def test_the_fullest_of_several_gpus_counts() -> None:
+    """Of several GPUs a server's weights and its card's bytes are those of the fullest, wherever it stands."""
+    for order in (1, -1):
+        one = replace(SERVED, weights_by_gpu=(700, 690, 680)[::order], cards=(1340, 1330, None)[::order])
+        assert (one.weights, one.card) == (700, 1340)
+    assert [row[1] for row in test_memory.shares([SERVED], 3)] == [0, 1, 2]
+
+
 def test_shares_that_nobody_tells(selection: Selection) -> None:
     """Where the log tells of one GPU alone, or NVML of no process, the report says so, and what is known is judged."""
     silent = {name: replace(one, cards=(None, None), weights_by_gpu=(one.weights,)) for name, one in SPREAD.items()}

@@ -87,16 +87,16 @@ def test_started_and_ended(start: Start) -> None:
 
 
 SPREAD = """\
-(Worker_TP1 pid=14) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.05 GiB and 1.600000 seconds
-(Worker_TP10 pid=15) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.07 GiB and 1.600000 seconds
-(Worker_TP0 pid=13) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.03 GiB and 1.500000 seconds
+(Worker_TP2 pid=14) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.03 GiB and 1.600000 seconds
+(Worker_TP10 pid=15) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.05 GiB and 1.600000 seconds
+(Worker_TP0 pid=13) INFO 11-22 21:00:04 [model_runner.py:302] Model loading took 2.07 GiB and 1.500000 seconds
 """
 
 
 def test_weights_of_every_gpu() -> None:
     """Workers tell of their weights in any order; they are known by rank, and the fullest GPU's are the most."""
     started = read_start(SPREAD, 1.0)
-    assert started.weights_by_gpu == tuple(round(size * 2**30) for size in (2.03, 2.05, 2.07))
+    assert started.weights_by_gpu == tuple(round(size * 2**30) for size in (2.07, 2.03, 2.05))
     assert started.weights_bytes == round(2.07 * 2**30)
     assert read_start("", 1.0).weights_bytes == 0
 
