@@ -20,7 +20,7 @@ from fixtures.meters import rounds
 from fixtures.meters.bandwidth import Roofline, decode_bytes
 from fixtures.meters.regimes import REGIMES, SCALED, SINGLE_STREAM, STREAMED, Regime
 from fixtures.meters.rounds import COUNTED, Recorded
-from fixtures.throughput_under_test import ON, Contest
+from fixtures.throughput_under_test import Contest, kernel_of
 from fixtures.verifying import Verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
@@ -98,7 +98,7 @@ def test_step(
 def test_scaling(scaled: Contest, target: Target, regime: Regime, limits: Limits, verify: Verify) -> None:
     """Over several GPUs, FP16 and the artifact answer as many times the tokens per second of one GPU as is stated."""
     bounds = {
-        (one, many): limits("throughput.scaling", scaled.weights_of(target), one.split(ON)[0], regime.name)
+        (one, many): limits("throughput.scaling", scaled.weights_of(target), kernel_of(one), regime.name)
         for one, many in pairs(scaled.names)
     }
     speed = rounds.tokens_per_second
@@ -303,8 +303,8 @@ def scaling(recorded: Recorded, bounds: Mapping[tuple[str, str], float], gpus: i
     speed = rounds.tokens_per_second
     rows = []
     for (one, many), least in bounds.items():
-        found = between(recorded, one, many).ratio(many, speed)
-        kernel = one.split(ON)[0]
+        pair, kernel = between(recorded, one, many), kernel_of(one)
+        found = pair.ratio(many, speed)
         verify(
             f"throughput of {kernel} on {gpus} GPUs, of 1 GPU's, lower end",
             found.low,
@@ -312,17 +312,7 @@ def scaling(recorded: Recorded, bounds: Mapping[tuple[str, str], float], gpus: i
             detail=f"{found}\n{one}, {by_round(recorded, one)}\n{many}, {by_round(recorded, many)}",
         )
         per_second = (number(recorded.typical(condition, speed)) for condition in (one, many))
-        rows.append(
-            (
-                recorded.regime.name,
-                kernel,
-                gpus,
-                *per_second,
-                number(found.point),
-                number(found.low),
-                number(found.high),
-            )
-        )
+        rows.append((recorded.regime.name, kernel, gpus, *per_second, *ends(pair, many, speed)))
     verify.table(
         "Scaling over GPUs",
         ("regime", "kernel", "GPUs", "tokens/s on 1", "tokens/s on all", "of 1 GPU's", "low", "high"),

@@ -15,7 +15,7 @@ from fixtures.meters.load import Timing
 from fixtures.meters.regimes import ONE_BY_ONE, SINGLE_STREAM, TOGETHER, Regime
 from fixtures.meters.rounds import COUNTED, WARM_UP, Recorded, Round
 from fixtures.options import Selection
-from fixtures.throughput_under_test import ON
+from fixtures.throughput_under_test import ON, kernel_of
 from suites import test_throughput
 from suites.meta.answering import listener
 
@@ -46,7 +46,7 @@ def recorded(regime: Regime, steps: Mapping[str, float], noise: float = 0.01, se
         for number in (WARM_UP, *range(COUNTED))
         for name, step in steps.items()
     ]
-    return Recorded(regime, tuple(steps), tuple(rounds), {name: (name.split(ON)[0],) for name in steps})
+    return Recorded(regime, tuple(steps), tuple(rounds), {name: (kernel_of(name),) for name in steps})
 
 
 GOOD_STEPS = {"fp16": 5e-3, "machete": 4e-3, "marlin": 3.4e-3}  # the 7B's: 1.25 and 1.47
@@ -91,7 +91,7 @@ def contest_of(what: Recorded) -> Any:
     class Measured:
         names = what.conditions if any(ON in name for name in what.conditions) else NAMES
         cards = 1 if names == NAMES else 2
-        expected = {name: (name.split(ON)[0],) for name in names}
+        expected = {name: (kernel_of(name),) for name in names}
         others: dict[str, int | None] = {}
 
         def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:

@@ -8,7 +8,6 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -20,23 +19,14 @@ from reports.__main__ import main
 from reports.brief import brief
 from reports.junit import exact, junit
 from reports.step_summary import LARGEST, step_summary
+from suites.meta.parity_results import BAD, FLOOR, GOOD, result
 
-GOOD = Measurement("mean token KL", 0.0124, "nats", Bound("at_most", 0.02))
-BAD = Measurement("mean token KL", 0.314, "nats", Bound("at_most", 0.02), "rain.wav, token 17")
 NOTHING = Measurement("mean token KL", math.nan, "nats", Bound("at_most", 0.02))
-FLOOR = Measurement("noise floor", 1.5e-6, "nats")
 EVIL = (
     "<script>alert(1)</script> | `tick` ``` ]]> <!-- --> \x00\x1b[31m\x85\ud800\uffff \u202e **b** [a](b) &amp; "
     "</pre></details>\n\n# x\n|a|\r\n"
 )
 FORMATS = {"markdown": step_summary, "junit": junit, "json": brief}
-
-
-def result(outcome: Outcome = "passed", *measurements: Measurement, **more: Any) -> Result:
-    """A result about the target ``qwen2_5_vl-tiny-awq``, or as ``more`` says."""
-    target = {"family": "qwen2_5_vl", "size": "tiny", "quantizer": more.pop("quantizer", "awq")}
-    given: dict[str, Any] = {"id": "suites/test_parity.py::test_parity[qwen2_5_vl-tiny-awq]", "target": target}
-    return Result(**{"outcome": outcome, "requirement": "", "measurements": measurements, **given, **more})
 
 
 def evil_run() -> Run:
