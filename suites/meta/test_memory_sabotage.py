@@ -1,9 +1,9 @@
-"""Every check of memory fails on the fault it exists for, and on no good record."""
+"""Every check of memory in transformers fails on the fault it exists for, and on no good record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,52 +12,16 @@ import pytest
 
 from fixtures.adapters import ADAPTERS
 from fixtures.core.pseudo_quantize import Scheme
-from fixtures.memory_under_test import Served, budget_share
-from fixtures.meters.held import Held, Ledger
-from fixtures.meters.memory import GIB, MIB, Measured, OutOfMemoryError, Peak, Reading, Record, whole
+from fixtures.meters.held import Ledger
+from fixtures.meters.memory import GIB, MIB, Measured, OutOfMemoryError, Reading, whole
 from fixtures.options import Selection
 from fixtures.subjects.published import published_config
 from fixtures.verifying import Verify
 from suites import test_memory
 from suites.meta.answering import listener
+from suites.meta.memory_records import ARTIFACT, GOOD, REFERENCE, checks, failed_alone, judged_by, not_held
 
-CONTEXT = 620 * MIB
-SMALLEST = MIB // 4  # bytes of the smallest codes: a 16-bit copy takes 1 MiB
 Fault = Callable[[Measured], Measured]
-
-
-def ledger(weights: int, codes: int = 0) -> Ledger:
-    """Plain weights and codes of so many bytes."""
-    held = [Held("model.embed_tokens.weight", "language_model", "16 bits", weights)]
-    if codes:
-        held += [
-            Held("model.layers.0.mlp.up_proj.qweight", "language_model", "codes", codes - SMALLEST),
-            Held("model.layers.0.self_attn.k_proj.qweight", "language_model", "codes", SMALLEST),
-        ]
-    return Ledger(tuple(held), {"language_model": 36864})
-
-
-def reading(requested: int) -> Reading:
-    """A process that asked the allocator for so many bytes, beside its context."""
-    allocated = requested + requested // 500
-    reserved = allocated + 20 * MIB
-    return Reading(allocated, requested, reserved, reserved + CONTEXT + (40 * MIB if requested else 0))
-
-
-def measured(name: str, of: Ledger) -> Measured:
-    """A checkpoint that takes what its ledger says."""
-    loaded = reading(of.total)
-    above = 100 * MIB
-    peak = Peak(loaded.allocated + above, loaded.reserved + above, loaded.card + 2 * above, 90, 16)
-    record = Record(
-        Reading(0, 0, 2 * MIB, CONTEXT + 2 * MIB), loaded, of.total, {"image": peak}, card_name="a card", free=80 * GIB
-    )
-    return Measured(name, of, record)
-
-
-REFERENCE = measured("reference", ledger(7000 * MIB))
-ARTIFACT = measured("artifact", ledger(1200 * MIB, 1500 * MIB))
-GOOD = {"reference": REFERENCE, "artifact": ARTIFACT}
 
 
 def heavier(by: int, *, known: int = 0) -> Fault:
@@ -181,28 +145,9 @@ def said(memory: Mapping[str, Measured], selection: Selection) -> dict[str, Veri
     return heard
 
 
-def not_held(heard: Mapping[str, Verify]) -> set[str]:
-    """The checks that fail."""
-    return {name for name, verify in heard.items() if verify.conclude()}
-
-
-def judged_by(heard: Iterable[Mapping[str, Verify]]) -> set[str]:
-    """All quantities that are held against a bound."""
-    return {m.quantity for said in heard for verify in said.values() for m in verify.measurements if m.bound}
-
-
-def failed_alone(heard: Iterable[Mapping[str, Verify]]) -> set[str]:
-    """The quantities that were once all that failed of their check."""
-    broken = [[m.quantity for m in v.measurements if m.holds is False] for said in heard for v in said.values()]
-    return {quantities[0] for quantities in broken if len(quantities) == 1}
-
-
 def test_every_check_is_asked(selection: Selection) -> None:
-    """There is no check of memory that no fault is planted for."""
-    servers = said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection)
-    asked = {*said(GOOD, selection), *servers, *said_of_each(SPREAD, selection)}
-    checks = [name for name in vars(test_memory) if name.startswith("test_")]
-    assert len(asked) == len(checks) == 9
+    """There is no check of memory in transformers that no fault is planted for."""
+    assert len(said(GOOD, selection)) == len(checks(in_vllm=False)) == 5
 
 
 def test_good_records_hold(selection: Selection) -> None:
@@ -251,176 +196,6 @@ def test_out_of_memory_says_what_would_fit() -> None:
     assert "language_model    2.831 GB: 16 bits 1.258, codes 1.573" in message
     assert message.splitlines()[-1] == "fits: awq", "the ledger's lines are lines"
     assert whole(ARTIFACT) is ARTIFACT
-
-
-# -- inside vLLM -------------------------------------------------------------------------------------------------------
-
-
-def server(name: str, of: Ledger, kv_tokens: int) -> Served:
-    """A server that takes what its ledger says, with that many tokens of KV cache."""
-    card = of.total + kv_tokens * 36864 + 3 * GIB
-    return Served(name, of, (of.total,), kv_tokens, ("marlin",), (card,), card)
-
-
-SERVED = server("reference", REFERENCE.ledger, 500_000)
-GAINED = (REFERENCE.ledger.total - ARTIFACT.ledger.total) // 36864
-QUANTIZED = replace(server("artifact", ARTIFACT.ledger, 500_000 + GAINED), budget=SERVED.budget)
-IN_VLLM, SERVER, KV = "weights in vLLM", "server", "KV tokens"
-SERVED_FAULTS: dict[str, tuple[Callable[[Served], dict[str, Any]], set[str]]] = {
-    "16-bit weights kept beside the codes": (
-        lambda _: {"weights_by_gpu": (REFERENCE.weights,), "kv_tokens": SERVED.kv_tokens},
-        {IN_VLLM, KV},
-    ),
-    "a layer in 16 bits": (lambda one: {"weights_by_gpu": (one.weights + 300 * MIB,)}, {IN_VLLM}),
-    "a tower not loaded": (lambda one: {"weights_by_gpu": (one.weights - 300 * MIB,)}, {IN_VLLM}),
-    "memory saved, but not given to the KV cache": (lambda one: {"kv_tokens": one.kv_tokens - GAINED}, {KV, SERVER}),
-    "more KV cache than was saved": (lambda one: {"kv_tokens": one.kv_tokens + GAINED}, {KV, SERVER}),
-    "NVML without a process of the server's": (lambda _: {"cards": (CONTEXT,)}, {SERVER}),
-    "a leak beside the KV cache": (lambda one: {"cards": (one.budget + 8 * GIB,)}, {SERVER}),
-    "more taken than the budget": (lambda one: {"budget": one.budget - 2 * GIB}, {SERVER, KV}),
-    "no room for what is held": (lambda one: {"cards": (None,), "budget": one.weights}, {SERVER, KV}),
-    "held of a budget that is not used": (lambda one: {"cards": (None,), "budget": one.budget + 8 * GIB}, {SERVER, KV}),
-    "another budget": (lambda one: {"budget": one.budget + 9 * GIB}, {KV}),
-    "nothing said of the weights": (lambda _: {"weights_by_gpu": (0,)}, {IN_VLLM, KV, SERVER}),
-    "nothing said of the KV cache": (lambda _: {"kv_tokens": 0}, {KV, SERVER}),
-    "NaN": (lambda _: {"weights_by_gpu": (NAN,), "kv_tokens": NAN}, {IN_VLLM, KV, SERVER}),
-}
-
-
-def said_of_servers(served: Mapping[str, Served], selection: Selection) -> dict[str, Verify]:
-    """What each check says of two servers."""
-    checks = {
-        IN_VLLM: test_memory.test_weights_in_vllm,
-        SERVER: test_memory.test_memory_of_the_server,
-        KV: test_memory.test_kv_tokens,
-    }
-    heard = {name: listener() for name in checks}
-    for name, check in checks.items():
-        check(served, selection.limits, heard[name])
-    return heard
-
-
-def test_good_servers_hold(selection: Selection) -> None:
-    """Servers that take what their ledgers say pass, whether or not NVML tells of processes."""
-    for artifact in (QUANTIZED, replace(QUANTIZED, cards=(None,))):
-        assert not_held(said_of_servers({"reference": SERVED, "artifact": artifact}, selection)) == set()
-
-
-@pytest.mark.parametrize("fault", SERVED_FAULTS)
-def test_fault_of_a_server_is_caught(fault: str, selection: Selection) -> None:
-    """Every fault of a server's memory fails the checks it is meant for, and no others."""
-    changes, expected = SERVED_FAULTS[fault]
-    served = {"reference": SERVED, "artifact": replace(QUANTIZED, **changes(QUANTIZED))}
-    assert not_held(said_of_servers(served, selection)) == expected
-
-
-def test_every_quantity_of_a_server_has_a_fault(selection: Selection) -> None:
-    """Every quantity that is judged of a server, of either, is once all that fails of its check, on some fault."""
-    good = {"reference": SERVED, "artifact": QUANTIZED}
-    heard = [
-        said_of_servers({**good, name: replace(good[name], **changes(good[name]))}, selection)
-        for changes, _ in SERVED_FAULTS.values()
-        for name in good
-    ]
-    assert len(judged_by(heard)) == 2 * (2 + 3) + 3
-    assert judged_by(heard) - failed_alone(heard) == set()
-
-
-# -- over several GPUs -------------------------------------------------------------------------------------------------
-
-EACH = "each GPU"
-SPREAD = {
-    name: replace(one, weights_by_gpu=2 * one.weights_by_gpu, cards=2 * one.cards)
-    for name, one in (("reference", SERVED), ("artifact", QUANTIZED))
-}
-TELL, OTHER = "GPUs that say what their weights take", "GPUs that hold other weights than predicted"
-NOWHERE, APART = "GPUs that hold memory of the server", "the fullest card beyond the emptiest"
-SPREAD_FAULTS: dict[str, tuple[Callable[[Served], dict[str, Any]], set[str]]] = {
-    "a third GPU": (lambda one: {"weights_by_gpu": 3 * one.weights_by_gpu[:1]}, {TELL}),
-    "nothing said of the weights": (lambda _: {"weights_by_gpu": ()}, {TELL, OTHER}),
-    "a whole model on one of them": (lambda one: {"weights_by_gpu": (one.weights, 2 * one.weights)}, {OTHER}),
-    "a tower that the other lacks": (lambda one: {"weights_by_gpu": (one.weights - 300 * MIB, one.weights)}, {OTHER}),
-    "a whole model on the only one that tells": (lambda one: {"weights_by_gpu": (2 * one.weights,)}, {OTHER}),
-    "NaN": (lambda one: {"weights_by_gpu": (one.weights, NAN)}, {OTHER}),
-    "a ledger of nothing": (lambda _: {"ledger": Ledger((), {"language_model": 36864})}, {OTHER}),
-    "a card without a process of the server's": (lambda one: {"cards": (one.card, None)}, {NOWHERE}),
-    "a stray context on the second card": (lambda one: {"cards": (one.card, one.card + CONTEXT)}, {APART}),
-    "a stray context on the first card": (lambda one: {"cards": (one.card + CONTEXT, one.card)}, {APART}),
-}
-
-
-def said_of_each(served: Mapping[str, Served], selection: Selection) -> dict[str, Verify]:
-    """What the check of each GPU says of two servers."""
-    verify = listener()
-    test_memory.test_share_of_each_gpu(served, replace(selection, tensor_parallel=2), selection.limits, verify)
-    return {EACH: verify}
-
-
-def test_good_shares_hold(selection: Selection) -> None:
-    """Two GPUs that hold their shares pass, and have a line each."""
-    verify = said_of_each(SPREAD, selection)[EACH]
-    assert not verify.conclude()
-    (table,) = verify.tables
-    assert table.rows == (
-        ("reference", 0, 7.34, 7.34, 28.993, 500_000),
-        ("reference", 1, 7.34, 7.34, 28.993, 500_000),
-        ("artifact", 0, 2.831, 2.831, 28.993, 500_000 + GAINED),
-        ("artifact", 1, 2.831, 2.831, 28.993, 500_000 + GAINED),
-    )
-
-
-def test_the_fullest_of_several_gpus_counts() -> None:
-    """Of several GPUs a server's weights and its card's bytes are those of the fullest, wherever it stands."""
-    for order in (1, -1):
-        one = replace(SERVED, weights_by_gpu=(700, 690, 680)[::order], cards=(1340, 1330, None)[::order])
-        assert (one.weights, one.card) == (700, 1340)
-    assert [row[1] for row in test_memory.shares([SERVED], 3)] == [0, 1, 2]
-
-
-def test_shares_that_nobody_tells(selection: Selection) -> None:
-    """Where the log tells of one GPU alone, or NVML of no process, the report says so, and what is known is judged."""
-    silent = {name: replace(one, cards=(None, None), weights_by_gpu=(one.weights,)) for name, one in SPREAD.items()}
-    verify = said_of_each(silent, selection)[EACH]
-    assert not verify.conclude()
-    notes = [m.quantity for m in verify.measurements if not m.bound]
-    assert notes == [
-        f"{name}: {what}"
-        for name in SPREAD
-        for what in ("vLLM's log tells of its first GPU alone", "NVML tells nothing of single processes here")
-    ]
-    assert [m.quantity for m in verify.measurements if m.bound] == [f"{name}: {OTHER}" for name in SPREAD]
-    assert verify.tables[0].rows[1] == ("reference", 1, 7.34, None, None, 500_000)
-
-
-@pytest.mark.parametrize("name", SPREAD)
-@pytest.mark.parametrize("fault", SPREAD_FAULTS)
-def test_fault_of_one_gpu_is_caught(fault: str, name: str, selection: Selection) -> None:
-    """Every fault of one GPU's share fails the quantities that it is meant for, and no others."""
-    changes, expected = SPREAD_FAULTS[fault]
-    verify = said_of_each({**SPREAD, name: replace(SPREAD[name], **changes(SPREAD[name]))}, selection)[EACH]
-    failed = {m.quantity for m in verify.measurements if m.holds is False}
-    assert failed == {f"{name}: {quantity}" for quantity in expected}
-
-
-def test_every_quantity_of_a_gpu_has_a_fault(selection: Selection) -> None:
-    """Every quantity that is judged of each GPU, of either server, is once all that fails, on some fault."""
-    heard = [
-        said_of_each({**SPREAD, name: replace(SPREAD[name], **changes(SPREAD[name]))}, selection)
-        for changes, _ in SPREAD_FAULTS.values()
-        for name in SPREAD
-    ]
-    assert judged_by(heard) == {f"{name}: {what}" for name in SPREAD for what in (TELL, OTHER, NOWHERE, APART)}
-    assert judged_by(heard) - failed_alone(heard) == set()
-
-
-def test_budgets_grow_with_the_weights() -> None:
-    """A server gets a quarter of the card, or what its weights need, but never all of it."""
-    assert budget_share(7 * GIB, 140 * GIB) == 0.25
-    assert budget_share(16 * GIB, 40 * GIB) == 0.5
-    assert budget_share(40 * GIB, 40 * GIB) == 0.9
-
-
-# -- claims ------------------------------------------------------------------------------------------------------------
 
 
 def test_claims_say_what_they_hold_for() -> None:
