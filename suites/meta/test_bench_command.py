@@ -183,24 +183,34 @@ def test_random_weights_are_said() -> None:
 # -- more layers -----------------------------------------------------------------------------------------------
 
 
-def deep(layers: int, *seconds: float, **subject: Any) -> Run:
+def deep(layers: int, *seconds: float, peak: int = 2 * 10**9, **subject: Any) -> Run:
     """A bench of a model of so many layers, one run for each of the seconds."""
-    made = [Made("awq", {"search": s - 1, "load": 1.0}, s, {"memory": 2 * 10**9}, 1, "") for s in seconds]
+    made = [Made("awq", {"search": s - 1, "load": 1.0}, s, {"memory": peak}, 1, "") for s in seconds]
     about = {"name": "n", "family": "f", "size": "s", "layers": [layers], "calibration": "c", "device": "d"}
     found = {"group size": 128, "device": "d", "versions": {}, **subject}
     return run_of(Bench(found, {**about, "weights": ""}, made), "bench", Path(), datetime.now(UTC))
 
 
 def test_extrapolation() -> None:
-    """Two depths give what a layer takes and what is apart from layers, over every pair of runs; memory alike."""
+    """Two depths give what a layer takes and what is apart from layers, over every pair of runs."""
     found = {line.quantity: line for line in extrapolated([deep(4, 14.0, 15.0), deep(2, 10.0)], 80)}
     assert found["seconds"].per_layer == Spread(2.25, 2.0, 2.5)
     assert found["seconds"].constant == Spread(5.5, 5.0, 6.0)
     assert found["seconds"].at == Spread(185.5, 166.0, 205.0)
     assert found["load"].at.mean == 1
     assert found["search"].at.mean == pytest.approx(184.5)
-    assert (found["peak"].per_layer.mean, found["peak"].at.mean) == (0, 2)
     assert table(list(found.values()), 80).rows[0][:2] == ("awq", "seconds")
+
+
+def test_memory_of_many_layers() -> None:
+    """Memory is extrapolated from depths at which the engine holds all the layers that it ever does, and no fewer."""
+    runs = [deep(depth, 1.0 * depth, peak=peak * 10**9) for depth, peak in ((2, 20), (3, 21), (8, 22))]
+    (peak,) = (line for line in extrapolated(runs[1:], 80) if line.quantity == "peak")
+    assert (peak.per_layer.mean, peak.at.mean) == pytest.approx((0.2, 36.4))
+    (peak,) = (line for line in extrapolated(runs[:2], 80) if line.quantity == "peak")
+    assert math.isnan(peak.at.mean)
+    assert "bench 3 layers and more" in peak.said
+    assert table([peak], 80).rows[0][4] == peak.said
 
 
 def test_noise_is_not_extrapolated() -> None:
