@@ -14,7 +14,7 @@ import torch
 
 from fixtures.bench import command
 from fixtures.bench.comparison import Spread
-from fixtures.bench.extrapolation import extrapolated, table
+from fixtures.bench.extrapolation import Line, extrapolated, table
 from fixtures.bench.judging import Judged
 from fixtures.bench.losses import GroupLosses
 from fixtures.bench.measuring import Made, Task
@@ -183,10 +183,20 @@ def test_random_weights_are_said() -> None:
 # -- more layers -----------------------------------------------------------------------------------------------
 
 
-def deep(layers: int, *seconds: float, peak: int = 2 * 10**9, **subject: Any) -> Run:
+def deep(
+    layers: int,
+    *seconds: float,
+    peak: int = 2 * 10**9,
+    on: str = "memory",
+    by: str = "awq",
+    talker: int = 0,
+    **subject: Any,
+) -> Run:
     """A bench of a model of so many layers, one run for each of the seconds."""
-    made = [Made("awq", {"search": s - 1, "load": 1.0}, s, {"memory": peak}, 1, "") for s in seconds]
-    about = {"name": "n", "family": "f", "size": "s", "layers": [layers], "calibration": "c", "device": "d"}
+    peaks = {"memory": 10**9, on: peak}
+    made = [Made(by, {"search": s - 1, "load": 1.0}, s, peaks, 1, "") for s in seconds]
+    depths = [layers, talker] if talker else [layers]
+    about = {"name": "n", "family": "f", "size": "s", "layers": depths, "calibration": "c", "device": "d"}
     found = {"group size": 128, "device": "d", "versions": {}, **subject}
     return run_of(Bench(found, {**about, "weights": ""}, made), "bench", Path(), datetime.now(UTC))
 
@@ -203,14 +213,26 @@ def test_extrapolation() -> None:
 
 
 def test_memory_of_many_layers() -> None:
-    """Memory is extrapolated from depths at which the engine holds all the layers that it ever does, and no fewer."""
-    runs = [deep(depth, 1.0 * depth, peak=peak * 10**9) for depth, peak in ((2, 20), (3, 21), (8, 22))]
-    (peak,) = (line for line in extrapolated(runs[1:], 80) if line.quantity == "peak")
-    assert (peak.per_layer.mean, peak.at.mean) == pytest.approx((0.2, 36.4))
-    (peak,) = (line for line in extrapolated(runs[:2], 80) if line.quantity == "peak")
-    assert math.isnan(peak.at.mean)
-    assert "bench 3 layers and more" in peak.said
-    assert table([peak], 80).rows[0][4] == peak.said
+    """Our engine holds three layers on a GPU, of however many; on a CPU, and with a talker, memory is a line."""
+
+    def peak(few: Run, many: Run) -> Line:
+        (found,) = (line for line in extrapolated([few, many], 80) if line.quantity == "peak")
+        return found
+
+    on_gpu = {
+        depth: deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator") for depth, gb in ((1, 18), (2, 20), (4, 21))
+    }
+    assert (peak(on_gpu[2], on_gpu[4]).at.mean, peak(on_gpu[2], on_gpu[4]).per_layer.mean) == (21, 0)
+    unknown = peak(on_gpu[1], on_gpu[2])
+    assert math.isnan(unknown.at.mean)
+    assert "both are of fewer than 3 layers" in table([unknown], 80).rows[0][4]
+    assert peak(deep(2, 1.0, peak=20 * 10**9), deep(4, 2.0, peak=21 * 10**9)).at.mean == pytest.approx(59)
+    talking = [deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator", talker=24) for depth, gb in ((2, 20), (4, 21))]
+    assert peak(*talking).at.mean == pytest.approx(59)
+    others = [
+        deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator", by="autoawq") for depth, gb in ((2, 20), (4, 21))
+    ]
+    assert peak(*others).at.mean == pytest.approx(59)
 
 
 def test_noise_is_not_extrapolated() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from fixtures.faults.editing import copied, edit_tensor
 from fixtures.meters import ledger as command
 from fixtures.meters.census import tensors_of
 from fixtures.meters.fitting import by_precision, would_fit
-from fixtures.meters.held import Held, Ledger, in_vllm, kv_per_token, of_checkpoint
+from fixtures.meters.held import Held, Ledger, in_vllm, kv_per_token, of_checkpoint, rounding
 from fixtures.meters.vram import loading_dtype
 from fixtures.options import Selection
 from fixtures.quantizers import recipe_for
@@ -184,6 +185,23 @@ def test_known_figures_of_vllm() -> None:
     # the architecture's text model, and the table of rotations of a context of 32768 tokens
     weights = 2 * (151936 * 2048 + 36 * (77070336 + 2048 + 2 * 256 + 2 * 2048) + 2048)
     assert (weights + 4 * 32768 * 128 * 2) / (5.81 * 2**30) == pytest.approx(1, abs=0.02)
+
+
+def test_large_tensors_fill_blocks() -> None:
+    """In vLLM a tensor of 20 MiB and more, of fused linears too, takes a multiple of 2 MiB, a smaller one its bytes."""
+    mlp, norm = "model.layers.0.mlp", Held("model.norm.weight", "language_model", "16 bits", 7168)
+    # the 7B's codes, 4 bits each: gate and up 32.375 steps of 2 MiB, down 16.1875; half of them on each of two GPUs
+    gate, up, down = (
+        Held(f"{mlp}.{name}_proj.qweight", "language_model", "codes", 3584 * 18944 // 2)
+        for name in ("gate", "up", "down")
+    )
+    head = Held("lm_head.weight", "lm_head", "16 bits", 20 << 20)
+    (beyond,) = rounding([norm, gate, up, down, head])
+    assert (beyond.tower, beyond.kind) == ("language_model", "blocks")
+    assert beyond.bytes == (0.625 + 0.8125) * (2 << 20)
+    (halves,) = rounding([replace(one, bytes=one.bytes // 2) for one in (gate, up, down)])
+    assert halves.bytes == 0.8125 * (2 << 20), "half of gate and up is 16.1875 steps, half of down no block of its own"
+    assert list(rounding([replace(head, bytes=(20 << 20) - 1)])) == []
 
 
 def test_blocks() -> None:

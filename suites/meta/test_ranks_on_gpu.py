@@ -25,7 +25,8 @@ from suites.meta import two_ranks
 from suites.meta.answering import listener
 
 pytestmark = pytest.mark.gpu
-SHARE, KV = 0.2, 4 << 30  # of the card, for each rank; bytes of its KV cache
+SHARE, KV = 0.2, 4 << 30  # of the card, for each of four ranks; bytes of its KV cache
+WITHIN = 240.0  # seconds for a start: it imports vLLM four times at once
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_5_omni"])
@@ -44,7 +45,7 @@ def shared(
     module = (sys.executable, two_ranks.__file__)
 
     def look(checkpoint: Checkpoint) -> tuple[Served, Ledger]:
-        with start_server(checkpoint, serving, folder / checkpoint.name, module=module) as server:
+        with start_server(checkpoint, serving, folder / checkpoint.name, module=module, within=WITHIN) as server:
             cards = tuple(nvml.process_bytes(two_ranks.pids_of(rank, server.pids())) for rank in (0, 1))
             said = server.started
         alone, each = (in_vllm(checkpoint, adapter, media, said.kernels, gpus) for gpus in (1, 2))
@@ -67,7 +68,9 @@ def said_of(served: list[Served], selection: Selection) -> Verify:
 def test_each_rank_holds_its_share(shared: list[tuple[Served, Ledger]], selection: Selection) -> None:
     """What each of two ranks takes is the ledger's share, by vLLM's log and by NVML."""
     served = [one for one, _ in shared]
-    assert all(len(one.weights_by_gpu) == 2 and None not in one.cards for one in served)
+    for one in served:
+        assert len(one.weights_by_gpu) == 2, f"{one.name}: vLLM's log tells of {one.weights_by_gpu} bytes of weights"
+        assert None not in one.cards, f"{one.name}: NVML tells of {one.cards} bytes: which processes are a rank's?"
     assert said_of(served, selection).conclude() == ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,6 +23,26 @@ def test_the_second_node_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     first_of, second_of = (two_ranks.environment(rank) for rank in (0, 1))
     assert first_of["NCCL_HOSTID"] != second_of["NCCL_HOSTID"]
     assert not {"VLLM_PORT"} & {*first_of, *second_of}
+    assert first_of["SPT_NOENV"] == second_of["SPT_NOENV"] == "1", "vLLM sets titles, which would hide the rank"
+
+
+@pytest.mark.parametrize(("visible", "card"), [(None, "0"), ("", "0"), ("3", "3"), ("GPU-a,GPU-b", "GPU-a")])
+def test_both_see_one_card(visible: str | None, card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ranks see the first card alone: of two, vLLM would take the second rank for one of its own host."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert {two_ranks.environment(rank)["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)} == {card}
+
+
+@pytest.mark.parametrize(("first", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+def test_both_end_together(first: str, code: int) -> None:
+    """A node that ends, by itself or killed, ends the other, and says how."""
+    nodes = [
+        subprocess.Popen([sys.executable, "-c", f"import os, sys, time; {what}"]) for what in ("time.sleep(60)", first)
+    ]
+    assert two_ranks.together(nodes) == code
+    assert nodes[0].poll() == -signal.SIGTERM
 
 
 def test_processes_are_told_by_rank() -> None:

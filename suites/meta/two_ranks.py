@@ -1,20 +1,22 @@
 """vLLM's server over two ranks that share one card: ``python two_ranks.py`` and the server's own flags.
 
 NCCL refuses two ranks on one card of one host, so each is told that its host is another (``NCCL_HOSTID``), and vLLM
-that there are two nodes of one GPU each. What a rank holds is what it would hold on a card of its own; how fast it is
-says nothing.
+that there are two nodes of one GPU each. The weights that a rank holds are what it would hold on a card of its own.
+What NCCL keeps is not (sockets instead of peers' memory), and how fast it is says nothing.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 RANK = "QUANTPROOF_RANK"  # of a process and all that it starts
+GRACE = 10.0  # seconds for a node to end when it is asked to
 OF_HTTP = ("--host", "--port", "--served-model-name")  # a second node answers nobody
 # vLLM's ``serve --headless``, without the commands beside it, whose imports are not needed
 HEADLESS = """
@@ -53,9 +55,11 @@ def command(rank: int, flags: Sequence[str], port: int) -> list[str]:
 
 
 def environment(rank: int) -> dict[str, str]:
-    """That of a node: ports are looked for by each itself."""
+    """That of a node, which sees one card: ports are looked for by each itself."""
     ours = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
-    return {**ours, **ON_LOOPBACK, "NCCL_HOSTID": f"node-{rank}", RANK: str(rank)}
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    told = {"NCCL_HOSTID": f"node-{rank}", "CUDA_VISIBLE_DEVICES": card, RANK: str(rank)}
+    return {**ours, **ON_LOOPBACK, **told, "SPT_NOENV": "1"}  # else vLLM's titles overwrite what ``pids_of`` reads
 
 
 def pids_of(rank: int, pids: frozenset[int]) -> frozenset[int]:
@@ -70,15 +74,29 @@ def _environment_of(pid: int) -> list[bytes]:
         return []
 
 
-def main() -> None:
-    """Start the second node, and become the first; both write to one log and end together, as one session."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = sys.argv[1:]
-    subprocess.Popen(command(1, flags, port), env=environment(1))
-    os.execve(sys.executable, command(0, flags, port), environment(0))
+def together(nodes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until one of them ends, and end the other: it would wait for it. The exit code is that of the first."""
+    ended: list[int] = []
+    while not ended:
+        time.sleep(0.1)
+        ended = [code for node in nodes if (code := node.poll()) is not None]
+    for node in nodes:
+        node.terminate()
+    for node in nodes:
+        try:
+            node.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            node.kill()
+    return ended[0] if ended[0] >= 0 else 128 - ended[0]
+
+
+def main() -> int:
+    """Run both nodes, which write to one log."""
+    flags, port = sys.argv[1:], int(os.environ["VLLM_PORT"])
+    nodes = [subprocess.Popen(command(rank, flags, port), env=environment(rank)) for rank in (0, 1)]
+    signal.signal(signal.SIGTERM, lambda *_: [node.terminate() for node in nodes])
+    return together(nodes)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
