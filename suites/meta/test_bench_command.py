@@ -225,7 +225,8 @@ def test_memory_of_many_layers() -> None:
     assert (peak(on_gpu[2], on_gpu[4]).at.mean, peak(on_gpu[2], on_gpu[4]).per_layer.mean) == (21, 0)
     unknown = peak(on_gpu[1], on_gpu[2])
     assert math.isnan(unknown.at.mean)
-    assert "both are of fewer than 3 layers" in table([unknown], 80).rows[0][4]
+    assert str(unknown) == f"awq, peak: {table([unknown], 80).rows[0][4]}"
+    assert "bench one of 3 or more" in unknown.said
     assert peak(deep(2, 1.0, peak=20 * 10**9), deep(4, 2.0, peak=21 * 10**9)).at.mean == pytest.approx(59)
     talking = [deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator", talker=24) for depth, gb in ((2, 20), (4, 21))]
     assert peak(*talking).at.mean == pytest.approx(59)
