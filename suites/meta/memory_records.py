@@ -48,7 +48,7 @@ ARTIFACT = measured("artifact", ledger(1200 * MIB, 1500 * MIB))
 GOOD = {"reference": REFERENCE, "artifact": ARTIFACT}
 
 
-def checks(*, in_vllm: bool) -> list[str]:
+def checks_of_memory(*, in_vllm: bool) -> list[str]:
     """The checks of memory that look at servers, or those that do not."""
     functions = {name: check for name, check in vars(test_memory).items() if name.startswith("test_")}
     return [name for name, check in functions.items() if ("served" in signature(check).parameters) == in_vllm]

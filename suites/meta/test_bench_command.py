@@ -215,25 +215,20 @@ def test_extrapolation() -> None:
 def test_memory_of_many_layers() -> None:
     """Our engine holds three layers on a GPU, of however many; on a CPU, and with a talker, memory is a line."""
 
-    def peak(few: Run, many: Run) -> Line:
-        (found,) = (line for line in extrapolated([few, many], 80) if line.quantity == "peak")
+    def peak(*depths: int, **more: Any) -> Line:
+        held = {1: 18, 2: 20, 4: 21}
+        runs = [deep(depth, 1.0 * depth, peak=held[depth] * 10**9, **more) for depth in depths]
+        (found,) = (line for line in extrapolated(runs, 80) if line.quantity == "peak")
         return found
 
-    on_gpu = {
-        depth: deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator") for depth, gb in ((1, 18), (2, 20), (4, 21))
-    }
-    assert (peak(on_gpu[2], on_gpu[4]).at.mean, peak(on_gpu[2], on_gpu[4]).per_layer.mean) == (21, 0)
-    unknown = peak(on_gpu[1], on_gpu[2])
+    known, unknown = peak(2, 4, on="allocator"), peak(1, 2, on="allocator")
+    assert (known.at.mean, known.per_layer.mean) == (21, 0)
     assert math.isnan(unknown.at.mean)
     assert str(unknown) == f"awq, peak: {table([unknown], 80).rows[0][4]}"
     assert "bench one of 3 or more" in unknown.said
-    assert peak(deep(2, 1.0, peak=20 * 10**9), deep(4, 2.0, peak=21 * 10**9)).at.mean == pytest.approx(59)
-    talking = [deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator", talker=24) for depth, gb in ((2, 20), (4, 21))]
-    assert peak(*talking).at.mean == pytest.approx(59)
-    others = [
-        deep(depth, 1.0 * depth, peak=gb * 10**9, on="allocator", by="autoawq") for depth, gb in ((2, 20), (4, 21))
-    ]
-    assert peak(*others).at.mean == pytest.approx(59)
+    assert peak(2, 4, on="memory").at.mean == pytest.approx(59)
+    assert peak(2, 4, on="allocator", talker=24).at.mean == pytest.approx(59)
+    assert peak(2, 4, on="allocator", by="autoawq").at.mean == pytest.approx(59)
 
 
 def test_noise_is_not_extrapolated() -> None:

@@ -19,7 +19,7 @@ from fixtures.subjects.published import published_config
 from fixtures.verifying import Verify
 from suites import test_memory
 from suites.meta.answering import listener
-from suites.meta.memory_records import ARTIFACT, GOOD, REFERENCE, checks, failed_alone, judged_by, not_held
+from suites.meta.memory_records import ARTIFACT, GOOD, REFERENCE, checks_of_memory, failed_alone, judged_by, not_held
 
 Fault = Callable[[Measured], Measured]
 
@@ -147,7 +147,7 @@ def said(memory: Mapping[str, Measured], selection: Selection) -> dict[str, Veri
 
 def test_every_check_is_asked(selection: Selection) -> None:
     """There is no check of memory in transformers that no fault is planted for."""
-    assert len(said(GOOD, selection)) == len(checks(in_vllm=False)) == 5
+    assert len(said(GOOD, selection)) == len(checks_of_memory(in_vllm=False)) == 5
 
 
 def test_good_records_hold(selection: Selection) -> None:

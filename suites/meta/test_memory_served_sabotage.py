@@ -16,7 +16,7 @@ from fixtures.options import Selection
 from fixtures.verifying import Verify
 from suites import test_memory
 from suites.meta.answering import listener
-from suites.meta.memory_records import ARTIFACT, CONTEXT, REFERENCE, checks, failed_alone, judged_by, not_held
+from suites.meta.memory_records import ARTIFACT, CONTEXT, REFERENCE, checks_of_memory, failed_alone, judged_by, not_held
 
 NAN = math.nan
 
@@ -184,7 +184,7 @@ def test_every_check_is_asked(selection: Selection) -> None:
         **said_of_servers({"reference": SERVED, "artifact": QUANTIZED}, selection),
         **said_of_each(SPREAD, selection),
     }
-    assert len(asked) == len(checks(in_vllm=True)) == 4
+    assert len(asked) == len(checks_of_memory(in_vllm=True)) == 4
 
 
 def test_budgets_grow_with_the_weights() -> None:

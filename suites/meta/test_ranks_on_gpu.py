@@ -11,8 +11,8 @@ import pytest
 
 from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
-from fixtures.engines.server import Serving, start_server
-from fixtures.memory_under_test import MEDIA, Served
+from fixtures.engines.server import start_server
+from fixtures.memory_under_test import Served, serving_of
 from fixtures.meters import nvml
 from fixtures.meters.held import Ledger, in_vllm
 from fixtures.options import Selection
@@ -40,15 +40,14 @@ def shared(
     reference = Checkpoint(full_size(f"{request.param}-3b", selection.cache))
     artifact = cached_artifact(reference, recipe_for("rtn", None), (), selection.cache, device="cuda")
     adapter, folder = ADAPTERS[request.param], tmp_path_factory.mktemp("ranks")
-    media = tuple((kind, 1) for kind in MEDIA if kind in adapter.modalities)
-    serving = Serving(memory_share=SHARE, kv_bytes=KV, eager=True, media=media, max_num_seqs=64, tensor_parallel=2)
+    serving = replace(serving_of(adapter, SHARE, 2), kv_bytes=KV)
     module = (sys.executable, two_ranks.__file__)
 
     def look(checkpoint: Checkpoint) -> tuple[Served, Ledger]:
         with start_server(checkpoint, serving, folder / checkpoint.name, module=module, within=WITHIN) as server:
             cards = tuple(nvml.process_bytes(two_ranks.pids_of(rank, server.pids())) for rank in (0, 1))
             said = server.started
-        alone, each = (in_vllm(checkpoint, adapter, media, said.kernels, gpus) for gpus in (1, 2))
+        alone, each = (in_vllm(checkpoint, adapter, serving.media, said.kernels, gpus) for gpus in (1, 2))
         budget = int(SHARE * nvml.card().total)
         one = Served(checkpoint.name, each, said.weights_by_gpu, said.kv_tokens, said.kernels, cards, budget)
         return one, alone

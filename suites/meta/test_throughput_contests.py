@@ -15,10 +15,7 @@ from fixtures.core.errors import UserError
 from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.core.targets import Target
 from fixtures.meters import rounds
-from fixtures.meters.regimes import (
-    SINGLE_STREAM,
-    Regime,
-)
+from fixtures.meters.regimes import SINGLE_STREAM, Regime
 from fixtures.throughput_under_test import Contest, conditions
 from suites import test_throughput
 from suites.meta.scripted import Answer, chunk, ending, serving, whole

@@ -15,8 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fixtures.engines.guard import GRACE, exit_code
+from fixtures.meters import nvml
+
 RANK = "QUANTPROOF_RANK"  # of a process and all that it starts
-GRACE = 10.0  # seconds for a node to end when it is asked to
 OF_HTTP = ("--host", "--port", "--served-model-name")  # a second node answers nobody
 # vLLM's ``serve --headless``, without the commands beside it, whose imports are not needed
 HEADLESS = """
@@ -57,8 +59,7 @@ def command(rank: int, flags: Sequence[str], port: int) -> list[str]:
 def environment(rank: int) -> dict[str, str]:
     """That of a node, which sees one card: ports are looked for by each itself."""
     ours = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    told = {"NCCL_HOSTID": f"node-{rank}", "CUDA_VISIBLE_DEVICES": card, RANK: str(rank)}
+    told = {"NCCL_HOSTID": f"node-{rank}", "CUDA_VISIBLE_DEVICES": str(nvml.physical_index()), RANK: str(rank)}
     return {**ours, **ON_LOOPBACK, **told, "SPT_NOENV": "1"}  # else vLLM's titles overwrite what ``pids_of`` reads
 
 
@@ -87,7 +88,7 @@ def together(nodes: Sequence[subprocess.Popen[bytes]]) -> int:
             node.wait(GRACE)
         except subprocess.TimeoutExpired:
             node.kill()
-    return ended[0] if ended[0] >= 0 else 128 - ended[0]
+    return exit_code(ended[0])
 
 
 def main() -> int:
