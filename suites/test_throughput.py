@@ -7,19 +7,18 @@ its 95 % interval, never by the point; where six rounds leave the bound inside t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 
-from fixtures.adapters import Adapter
-from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import Limits
 from fixtures.core.targets import Target
 from fixtures.meters import rounds
-from fixtures.meters.bandwidth import Roofline, decode_bytes
+from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.regimes import REGIMES, SCALED, SINGLE_STREAM, STREAMED, Regime
 from fixtures.meters.rounds import COUNTED, Recorded
+from fixtures.meters.settings import SETTINGS, Setting
 from fixtures.throughput_under_test import Contest, kernel_of
 from fixtures.verifying import Verify
 
@@ -27,6 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.full_size]
 
 BEST = "the best kernel"  # in names of quantities: which one that is may be another tonight
 QUANTILES = (0.01, 0.05, *(round(0.1 * i, 1) for i in range(1, 10)), 0.95, 0.99, 0.999)
+MANY = 46  # streams: an H200 computes on them as long as it reads 4-bit weights (790 TFLOP/s, 4.3 TB/s)
 TTFT, ITL = rounds.median_of(rounds.ttft), rounds.median_of(rounds.itl)
 
 
@@ -37,8 +37,8 @@ def test_throughput(contest: Contest, target: Target, regime: Regime, limits: Li
     speed = rounds.tokens_per_second
     recorded = contest(regime, lambda found: found.ratio(found.best(speed), speed).beside(least))
 
-    sound(recorded, contest, limits, verify)
-    faster(recorded, least, verify)
+    sound(recorded, contest.expected, limits, verify)
+    faster(recorded, least, contest.lines, verify)
     if (strangers := contest.others.get(regime.name)) is not None:
         verify.note("memory that strangers hold on the card", strangers / 1e9, "GB")
 
@@ -55,15 +55,16 @@ def test_latency(contest: Contest, target: Target, regime: Regime, limits: Limit
 
     recorded = contest(regime, decided)
 
-    sound(recorded, contest, limits, verify)
+    sound(recorded, contest.expected, limits, verify)
     prompt(recorded, most[TTFT], most[ITL], verify)
 
 
 def test_concurrent_serving(contest: Contest, target: Target, limits: Limits, verify: Verify) -> None:
     """Requests that arrive together are answered together: faster, and each begun sooner, than one after another."""
-    recorded = contest.arrivals(contest.names[1])
+    name = contest.names[1]
+    recorded = contest.arrivals(name)
 
-    sound(recorded, None, limits, verify)
+    sound(recorded, dict.fromkeys(recorded.conditions, contest.expected[name]), limits, verify)
     together(
         recorded,
         limits("throughput.concurrent", target.weights),
@@ -72,25 +73,22 @@ def test_concurrent_serving(contest: Contest, target: Target, limits: Limits, ve
     )
 
 
-def test_step(
-    contest: Contest,
-    target: Target,
-    reference: Checkpoint,
-    artifact: Checkpoint,
-    adapter: Adapter,
-    bandwidth: float,
-    limits: Limits,
-    verify: Verify,
-) -> None:
+def test_step(contest: Contest, target: Target, limits: Limits, verify: Verify) -> None:
     """No decode step is faster than its weights can be read: what is measured is a decode step, and what limits it."""
-    recorded = contest(SINGLE_STREAM)
-    lines = {
-        condition: Roofline(
-            decode_bytes(artifact if condition in recorded.others else reference, adapter), bandwidth, contest.cards
-        )
-        for condition in recorded.conditions
-    }
-    bounded(recorded, lines, limits("throughput.of_roofline", target.weights), verify)
+    bounded(contest(SINGLE_STREAM), contest.lines, limits("throughput.of_roofline", target.weights), verify)
+
+
+@pytest.mark.every_setting
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_settings(contest: Contest, target: Target, setting: Setting, limits: Limits, verify: Verify) -> None:
+    """However vLLM compiles, replays and schedules a step, one stream has the share of FP16's speed that is stated."""
+    least = limits("throughput.settings", contest.weights_of(target), target.quantizer, setting.name)
+    speed = rounds.tokens_per_second
+    with contest.under(setting) as under:
+        recorded = under(SINGLE_STREAM, lambda found: found.ratio(found.best(speed), speed).beside(least))
+
+    sound(recorded, contest.expected, limits, verify)
+    kept(recorded, setting, least, verify)
 
 
 @pytest.mark.several_gpus
@@ -107,21 +105,18 @@ def test_scaling(scaled: Contest, target: Target, regime: Regime, limits: Limits
         lambda found: all(between(found, *pair).ratio(pair[1], speed).beside(least) for pair, least in bounds.items()),
     )
 
-    sound(recorded, scaled, limits, verify)
+    sound(recorded, scaled.expected, limits, verify)
     scaling(recorded, bounds, scaled.cards, verify)
 
 
 # -- judgements, of rounds as values -----------------------------------------------------------------------------
 
 
-def sound(recorded: Recorded, contest: Contest | None, limits: Limits, verify: Verify) -> None:
+def sound(recorded: Recorded, expected: Mapping[str, Collection[str]], limits: Limits, verify: Verify) -> None:
     """The rounds are measurements: all there, no request lost or short, the kernels those that are named."""
     verify("rounds counted, fewest of a condition", recorded.fewest_rounds, at_least=COUNTED)
     verify.none_of("requests that are no measurement", recorded.flaws, among=recorded.requests)
-    if contest is not None:
-        verify.none_of(
-            "conditions on another kernel", recorded.fallbacks(contest.expected), among=len(recorded.conditions)
-        )
+    verify.none_of("conditions on another kernel", recorded.fallbacks(expected), among=len(recorded.conditions))
     verify.note("requests per round", recorded.regime.requests, detail=recorded.regime.words)
     verify(
         "load generator, busiest",
@@ -131,7 +126,7 @@ def sound(recorded: Recorded, contest: Contest | None, limits: Limits, verify: V
     )
 
 
-def faster(recorded: Recorded, least: float, verify: Verify) -> None:
+def faster(recorded: Recorded, least: float, lines: Mapping[str, Roofline], verify: Verify) -> None:
     """The best kernel's throughput is at least ``least`` of the base's, by the lower end of its interval."""
     speed = rounds.tokens_per_second
     best = recorded.best(speed)
@@ -154,7 +149,8 @@ def faster(recorded: Recorded, least: float, verify: Verify) -> None:
         ratio = recorded.ratio(one, speed)
         verify.note(f"throughput by {one}, of FP16's", ratio.point, detail=str(ratio))
         verify.note(f"throughput by {one}", recorded.typical(one, speed), "tokens/s", detail=by_round(recorded, one))
-    verify.note("gain expected", least >= 1, detail=expectation(recorded, best, least))
+    gain = by_bytes_alone(recorded, best, lines)
+    verify.note("gain expected", least >= 1, detail=expectation(recorded, best, least, gain))
     verify.table(
         "Throughput",
         ("regime", "kernel", "tokens/s", "prompt tokens/s", "requests/s", "of FP16's", "low", "high"),
@@ -178,20 +174,42 @@ def by_round(recorded: Recorded, condition: str) -> str:
     return f"by round: {', '.join(f'{value:.4g}' for value in values)}"
 
 
-def expectation(recorded: Recorded, best: str, least: float) -> str:
+def by_bytes_alone(recorded: Recorded, condition: str, lines: Mapping[str, Roofline]) -> float | None:
+    """The throughput of FP16's that fewer bytes would give, were reading them all that changed; None where unknown.
+
+    Of decoding: of the time that a step of all streams takes, what is not reading weights stays as it is.
+    """
+    if recorded.regime.prefill or not lines:
+        return None
+    streamed = recorded.typical(recorded.base, ITL)
+    together = recorded.regime.concurrency / recorded.typical(recorded.base, rounds.tokens_per_second)
+    step = together if math.isnan(streamed) else streamed
+    spared = lines[recorded.base].seconds - lines[condition].seconds
+    return step / (step - spared) if step > spared else None
+
+
+def expectation(recorded: Recorded, best: str, least: float, by_bytes: float | None) -> str:
     """Whether fewer bytes are expected to show in this regime, and what was found."""
     found = recorded.ratio(best, rounds.tokens_per_second)
     outcome = (
         f"{best} is faster" if found.low > 1 else f"{best} is slower" if found.high < 1 else "it makes no difference"
     )
+    bytes_alone = "" if by_bytes is None else f", where fewer bytes alone would make it {by_bytes:.2f}"
     if least >= 1:
-        return f"yes, {least:g} at least; {outcome}"
-    why = (
-        "prompts are read by large matrix products, which compute, not bytes, limit"
-        if recorded.regime.prefill
-        else "the weights' bytes are a small part of a step here: launches, activations and the KV cache are not fewer"
-    )
-    return f"no, only that no more than a share is lost: {why}; {outcome}"
+        return f"yes, {least:g} at least{bytes_alone}; {outcome}"
+    why = why_no_gain(recorded.regime, best)
+    return f"no, only that no more than a share is lost{bytes_alone}: {why}; {outcome}"
+
+
+def why_no_gain(regime: Regime, kernel: str) -> str:
+    """What may cost a kernel the gain of its fewer bytes in this regime, or that nothing is stated of it."""
+    if kernel_of(kernel) == "bitsandbytes":
+        return "bitsandbytes decodes every weight to 16 bits again, in every step"
+    if regime.prefill:
+        return "prompts are read by large matrix products, which compute, not bytes, limit"
+    if regime.concurrency >= MANY:
+        return "so many streams share a reading of the weights that computing, of which 4 bits spare none, takes longer"
+    return "no gain is stated of these weights: launches, activations and the KV cache are not fewer"
 
 
 def prompt(recorded: Recorded, most_ttft: float, most_itl: float, verify: Verify) -> None:
@@ -252,7 +270,7 @@ def together(recorded: Recorded, least: float, most_ttft: float, verify: Verify)
     )
 
 
-def bounded(recorded: Recorded, lines: dict[str, Roofline], most: float, verify: Verify) -> None:
+def bounded(recorded: Recorded, lines: Mapping[str, Roofline], most: float, verify: Verify) -> None:
     """Reading the weights takes at most ``most`` of a measured step: a step in less time was none."""
     steps = {condition: recorded.typical(condition, ITL) for condition in recorded.conditions}
     shares = {condition: lines[condition].seconds / steps[condition] for condition in recorded.conditions}
@@ -281,6 +299,35 @@ def bounded(recorded: Recorded, lines: dict[str, Roofline], most: float, verify:
                 1e3 * lines[condition].seconds,
                 number(1e3 * steps[condition]),
                 number(shares[condition]),
+            )
+            for condition in recorded.conditions
+        ],
+    )
+
+
+def kept(recorded: Recorded, setting: Setting, least: float, verify: Verify) -> None:
+    """Under a setting the best kernel's throughput is at least ``least`` of the base's under the same."""
+    speed = rounds.tokens_per_second
+    best = recorded.best(speed)
+    found = recorded.ratio(best, speed)
+    verify(
+        f"throughput {setting} by {BEST}, of FP16's, lower end",
+        found.low,
+        at_least=least,
+        detail="\n".join(
+            [f"the best: {best}, {found}", *(f"{one}, {by_round(recorded, one)}" for one in recorded.conditions)]
+        ),
+    )
+    verify.table(
+        "Settings of vLLM, one stream",
+        ("setting", "flags", "kernel", "tokens/s", "of FP16's", "low", "high"),
+        [
+            (
+                setting.name,
+                " ".join(setting.flags),
+                condition,
+                number(recorded.typical(condition, speed)),
+                *ends(recorded, condition, speed),
             )
             for condition in recorded.conditions
         ],

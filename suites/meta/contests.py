@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from fixtures.core.measurement import Measurement
 from fixtures.core.targets import Target
+from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.load import Timing
 from fixtures.meters.regimes import ONE_BY_ONE, SINGLE_STREAM, TOGETHER, Regime
 from fixtures.meters.rounds import COUNTED, WARM_UP, Recorded, Round
+from fixtures.meters.settings import Setting
 from fixtures.options import Selection
 from fixtures.throughput_under_test import ON, kernel_of
 from suites import test_throughput
@@ -23,6 +26,8 @@ CLAIM = Target("qwen2_5_vl", "7b", "rtn")  # where +32 % are claimed
 FLOOR = Target("qwen2_5_vl", "own", "rtn")  # where no gain is expected
 NAMES = ("fp16", "machete", "marlin")
 KERNELS = {name: (name,) for name in NAMES}
+# A decode step's least, of the 7B's bytes
+LINES = {name: Roofline(size, 4.3e12) for name, size in zip(NAMES, (14 << 30, 5 << 30, 5 << 30), strict=True)}
 Change = Callable[[Round], Round | None]
 
 
@@ -93,9 +98,14 @@ def contest_of(what: Recorded) -> Any:
         cards = 1 if names == NAMES else 2
         expected = {name: (kernel_of(name),) for name in names}
         others: dict[str, int | None] = {}
+        lines = LINES
 
         def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:
             return what
+
+        @contextmanager
+        def under(self, setting: Setting) -> Iterator[Any]:
+            yield self
 
         def arrivals(self, name: str) -> Recorded:
             return what
@@ -141,4 +151,5 @@ def arrivals(steps: tuple[float, float], waits: float) -> Recorded:
         for number in (WARM_UP, *range(COUNTED))
         for asked, step, wait in ((ONE_BY_ONE, steps[0], 33 * steps[0]), (TOGETHER, steps[1], waits))
     ]
-    return Recorded(TOGETHER, (ONE_BY_ONE.name, TOGETHER.name), tuple(rounds), {})
+    names = (ONE_BY_ONE.name, TOGETHER.name)
+    return Recorded(TOGETHER, names, tuple(rounds), dict.fromkeys(names, (NAMES[1],)))

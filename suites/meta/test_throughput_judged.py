@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.load import Timing
 from fixtures.meters.regimes import BATCH_8, SINGLE_STREAM, Regime
 from fixtures.meters.rounds import COUNTED, WARM_UP, Recorded, Round
@@ -21,6 +20,7 @@ from suites.meta.contests import (
     FLOOR,
     GOOD_STEPS,
     KERNELS,
+    LINES,
     NAMES,
     SCALED_GOOD,
     SCALED_STEPS,
@@ -347,13 +347,12 @@ def test_concurrent_serving(what: Recorded, caught: list[str], selection: Select
 
 def test_an_impossible_step_is_caught(selection: Selection) -> None:
     """A decode step in less time than its weights can be read was none: a cache answered, or nobody computed."""
-    lines = {name: Roofline(size, 4.3e12) for name, size in zip(NAMES, (14 << 30, 5 << 30, 5 << 30), strict=True)}
     most = selection.limits("throughput.of_roofline", CLAIM.weights)
     verify = listener()
-    test_throughput.bounded(good(), lines, most, verify)
+    test_throughput.bounded(good(), LINES, most, verify)
     assert [m.holds for m in verify.measurements if m.bound] == [True] * 3
     assert "TB/s" in verify.measurements[0].detail
 
     verify = listener()
-    test_throughput.bounded(recorded(SINGLE_STREAM, {**GOOD_STEPS, "marlin": 5e-4}), lines, most, verify)
+    test_throughput.bounded(recorded(SINGLE_STREAM, {**GOOD_STEPS, "marlin": 5e-4}), LINES, most, verify)
     assert [m.holds for m in verify.measurements if m.bound] == [True, True, False]

@@ -10,9 +10,19 @@ from typing import Any
 import pytest
 
 from fixtures.core.targets import Target
+from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.load import Timing
-from fixtures.meters.regimes import LONG_PROMPT, SINGLE_STREAM
+from fixtures.meters.regimes import (
+    BATCH_8,
+    IMAGE_PREFILL,
+    LONG_PROMPT,
+    SATURATED_64,
+    SATURATED_256,
+    SINGLE_STREAM,
+    Regime,
+)
 from fixtures.meters.rounds import Recorded
+from fixtures.meters.settings import SETTINGS
 from fixtures.options import Selection
 from suites import test_throughput
 from suites.meta.answering import listener
@@ -99,8 +109,16 @@ PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
     # whatever is lost here leaves no ratio, for there is but one condition beside the base
     (test_throughput.test_concurrent_serving, lost(TOGETHER_GOOD), {SOUND[1][0], *APART}),
     (test_throughput.test_concurrent_serving, busy(TOGETHER_GOOD), {SOUND[2][0]}),
+    (
+        test_throughput.test_concurrent_serving,
+        dataclasses.replace(TOGETHER_GOOD, kernels=dict.fromkeys(TOGETHER_GOOD.conditions, ("marlin",))),
+        {"conditions on another kernel"},
+    ),
     (test_throughput.test_concurrent_serving, arrivals((3e-3, 30e-3), 0), {min(APART)}),
     (test_throughput.test_concurrent_serving, arrivals((3e-3, 1e-3), 33e-3), {max(APART)}),
+    *((test_throughput.test_settings, fault(good()), {quantity}) for quantity, fault in SOUND),
+    (test_throughput.test_settings, ANOTHER_KERNEL, {"conditions on another kernel"}),
+    (test_throughput.test_settings, steps(**SLOW), {"throughput low_latency, of FP16's, lower end"}),
     *((test_throughput.test_scaling, fault(SCALED_GOOD), {quantity}) for quantity, fault in SOUND if fault is not lost),
     # what a kernel loses on two leaves it no ratio
     (test_throughput.test_scaling, lost(SCALED_GOOD), {SOUND[1][0], ON_TWO.format("marlin")}),
@@ -125,16 +143,12 @@ OTHERS = {
 }  # good rounds of another kind
 
 
-def heard(
-    check: Callable[..., None], what: Recorded, selection: Selection, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, bool]:
+def heard(check: Callable[..., None], what: Recorded, selection: Selection) -> dict[str, bool]:
     """Whether what a check judges holds, by quantity, without saying that it is the best kernel's."""
-    monkeypatch.setattr(test_throughput, "decode_bytes", lambda checkpoint, _: checkpoint)
     verify = listener()
     target = CLAIM if check is test_throughput.test_scaling else FLOOR
     given: dict[str, Any] = {"contest": contest_of(what), "target": target, "regime": what.regime, "verify": verify}
-    given |= {"limits": selection.limits, "reference": 14 << 30, "artifact": 5 << 30, "adapter": None}
-    given |= {"bandwidth": 4.3e12, "scaled": contest_of(what)}
+    given |= {"limits": selection.limits, "setting": SETTINGS[1], "scaled": contest_of(what)}
     check(**{name: given[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
     judged = [m for m in verify.measurements if m.bound]
     return {re.sub(r" by the best kernel, of FP16's", ", of FP16's", m.quantity): bool(m.holds) for m in judged}
@@ -144,20 +158,20 @@ def heard(
     "planted", PLANTED, ids=lambda planted: f"{planted[0].__name__}: {' and '.join(sorted(planted[2]))}"
 )
 def test_fault_fails_what_it_is_for(
-    planted: tuple[Callable[..., None], Recorded, set[str]], selection: Selection, monkeypatch: pytest.MonkeyPatch
+    planted: tuple[Callable[..., None], Recorded, set[str]], selection: Selection
 ) -> None:
     """Every planted fault fails the quantity that it is for, and no other of its check."""
     check, what, expected = planted
-    assert {quantity for quantity, holds in heard(check, what, selection, monkeypatch).items() if not holds} == expected
+    assert {quantity for quantity, holds in heard(check, what, selection).items() if not holds} == expected
 
 
-def test_every_quantity_has_a_fault(selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_quantity_has_a_fault(selection: Selection) -> None:
     """Good rounds hold in every check there is, and every quantity that is judged of them has a planted fault."""
     checks = {check for name, check in vars(test_throughput).items() if name.startswith("test_")}
     assert checks == {check for check, _, _ in PLANTED}
     for check in checks:
         what = OTHERS.get(check, good())
-        judged = heard(check, what, selection, monkeypatch)
+        judged = heard(check, what, selection)
         assert [quantity for quantity, holds in judged.items() if not holds] == []
         assert judged.keys() == {quantity for of, _, expected in PLANTED if of is check for quantity in expected}
 
@@ -182,12 +196,35 @@ def test_limits_are_there_for_every_case(selection: Selection) -> None:
 
 
 def test_expectation_names_the_reason() -> None:
-    """Where no gain is expected the reason fits the regime: computing for prompts, launches for decoding."""
-    reading = test_throughput.expectation(recorded(LONG_PROMPT, dict.fromkeys(NAMES, 1e-3)), "marlin", 0.8)
-    decoding = test_throughput.expectation(recorded(SINGLE_STREAM, dict.fromkeys(NAMES, 1e-3)), "marlin", 0.8)
-    assert "matrix products" in reading
-    assert "launches" in decoding
-    assert test_throughput.expectation(good(), "marlin", 1.32).startswith("yes, 1.32 at least; marlin is faster")
+    """Where no gain is expected the reason fits regime and kernel, and says what fewer bytes alone would give."""
+
+    def reason(regime: Regime, kernel: str = "marlin") -> str:
+        steps = {"fp16": 5e-3, kernel: 5e-3}
+        lines = {"fp16": Roofline(14 << 30, 4.3e12), kernel: Roofline(5 << 30, 4.3e12)}
+        what = recorded(regime, steps)
+        return test_throughput.expectation(what, kernel, 0.8, test_throughput.by_bytes_alone(what, kernel, lines))
+
+    for regime in (LONG_PROMPT, IMAGE_PREFILL):
+        assert "matrix products" in reason(regime)
+        assert "bytes alone" not in reason(regime)
+    for regime in (SATURATED_64, SATURATED_256):
+        assert "many streams" in reason(regime)
+    for regime in (SINGLE_STREAM, BATCH_8):
+        assert "launches" in reason(regime)
+        assert "bitsandbytes decodes" in reason(regime, "bitsandbytes")
+    # 5 ms a step, of which 14 GiB are read in 3.5 ms and 5 GiB in 1.25: 5 / (5 - 2.25)
+    assert "where fewer bytes alone would make it 1.8" in reason(SINGLE_STREAM)
+    assert test_throughput.expectation(good(), "marlin", 1.32, None).startswith("yes, 1.32 at least; marlin is faster")
+
+
+def test_bytes_alone_are_unknown_without_rounds_or_lines() -> None:
+    """What fewer bytes alone would give is no number where nothing was measured, or reading takes longer than the step."""
+    lines = {"fp16": Roofline(14 << 30, 4.3e12), "marlin": Roofline(5 << 30, 4.3e12)}
+    assert test_throughput.by_bytes_alone(dataclasses.replace(good(), rounds=()), "marlin", lines) is None
+    assert test_throughput.by_bytes_alone(good(), "marlin", {}) is None
+    assert test_throughput.by_bytes_alone(steps(fp16=1e-3), "marlin", lines) is None
+    whole = changed(each(lambda t: dataclasses.replace(t, chunks=())), recorded(SATURATED_64, GOOD_STEPS), "fp16")
+    assert test_throughput.by_bytes_alone(whole, "marlin", lines) == pytest.approx(5 / (5 - 2.25), rel=0.1)
 
 
 def test_parameters_of_the_checks() -> None:
