@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from fixtures.core.errors import UserError
 from fixtures.core.measurement import Bound, Measurement
 from fixtures.core.results import Result, Run
+from fixtures.meters.regimes import IMAGE_PREFILL, ONE_BY_ONE, REGIMES, STREAMED, TOGETHER, Regime
+from fixtures.throughput_under_test import GIB, MORE, PICTURE_KV, TEXT_KV
+from reports import store
+from reports.nights import noises
 from reports.tables import merged
 
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURED = ROOT / "reports" / "measured"
 TARGET = {"family": "f", "size": "tiny", "quantizer": "awq"}
 
 
@@ -84,3 +95,46 @@ def test_nothing_to_gather() -> None:
     """A run that measured nothing of a table is an error, as is one that lacks a table: no empty table is shown."""
     with pytest.raises(UserError, match="no table 'Peaks by modality'"):
         merged(Run({}, [apart(1.0, "text")]), "Peaks by modality")
+
+
+# -- what the README says, held against the code and the kept files ---------------------------------------------------
+
+
+def row(regime: Regime) -> tuple[object, ...]:
+    asked = f"{regime.prompt_tokens} tokens"
+    if regime.pictures:
+        asked = f"{regime.pictures} picture of {regime.side} x {regime.side}"
+    way = "streamed" if regime.stream else "whole"
+    return (regime.name, regime.requests, asked, regime.new_tokens, regime.concurrency, way)
+
+
+def test_regimes_are_todays() -> None:
+    """The regimes that the README shows, measured then, are those of the code today: all of them, and no others."""
+    (file,) = re.findall(r"<!-- table: (\S+): Load regimes: ", README)
+    shown = {one[1:] for one in merged(store.load(ROOT / file), "Load regimes").rows}
+    assert shown == {row(regime) for regime in (*REGIMES, *STREAMED, TOGETHER)}
+    assert (ONE_BY_ONE.requests, ONE_BY_ONE.concurrency) == (TOGETHER.requests, 1)
+    assert f"a picture takes {IMAGE_PREFILL.picture_tokens} tokens" in " ".join(README.split())
+
+
+def test_serving_is_todays() -> None:
+    """What the README says loads are served with is what their servers are given."""
+    assert "`--no-enable-prefix-caching`" in README
+    assert "--no-enable-prefix-caching" in MORE
+    text, pictures = (f"{size // GIB} GiB" for size in (TEXT_KV, PICTURE_KV))
+    said = f"with CUDA graphs and {text} of KV cache; pictures by servers of their own, eager, with {pictures}"
+    assert said in " ".join(README.split())
+
+
+def test_threshold_of_nights() -> None:
+    """The change of a median that the README lets pass is more than two nights without a change ever showed."""
+    (percent,) = map(int, re.findall(r"--benchmark-compare-fail=median:(\d+)%", README))
+    measured = (MEASURED / "README.md").read_text(encoding="utf-8")
+    (nights,) = re.findall(r"Two nights of the steady parts.*?: (.*?us)\. ", measured)
+    pairs = [(float(one), float(other)) for one, other in re.findall(r"([\d.]+) and ([\d.]+) [mu]s", nights)]
+    assert len(pairs) == 3
+    changes = [max(pair) / min(pair) - 1 for pair in pairs]  # either night may come first
+    for name, logs in json.loads(noises.RECORDED.read_text())["repeats"]["series"].items():
+        if "median time" in name:
+            changes += [math.exp(abs(b - a) / 100) - 1 for a, b in pairwise(logs)]
+    assert max(changes) < percent / 100
