@@ -6,7 +6,7 @@ A README says where a table comes from, between two comments, and ``python -m re
     <!-- end of table -->
 
 Of several tables of that title (one per target) it shows all rows; of the columns those that are named, or all. Several
-runs, joined by `` + ``, are shown as one.
+runs, joined by `` + ``, are shown as one. A title may be one of ``reports.gathered``, made of measurements.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fixtures.core.errors import UserError
 from fixtures.core.measurement import readable
 from fixtures.core.results import Run, Table
 from reports import store
+from reports.gathered import gathered
 
 _CACHED = re.compile(r"-[0-9a-f]{16}\b")  # what tells artifacts of one recipe apart in the cache
 _PLACE = re.compile(
@@ -36,6 +37,8 @@ def merged(run: Run, title: str) -> Table:
     Raises:
         UserError: when there is none, or their columns differ.
     """
+    if (made := gathered(title, run.results)) is not None:
+        return made
     found = [(result.target_id, table) for result in run.results for table in result.tables if table.title == title]
     if not found:
         titles = sorted({table.title for result in run.results for table in result.tables})
