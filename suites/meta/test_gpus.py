@@ -135,10 +135,34 @@ def test_what_the_machine_cannot_do(case: str, monkeypatch: pytest.MonkeyPatch) 
 def test_what_the_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many workers as GPUs are welcome; a worker, which has but its own GPU, counts no others."""
     monkeypatch.setattr(gpus, "visible", lambda: ["0", "1"])
+    monkeypatch.setattr(gpus, "why_unusable", lambda: "")
     gpus.require(config_of(2, 1))
     gpus.require(config_of(0, 2))
     monkeypatch.setattr(gpus, "visible", lambda: ["1"])
     gpus.require(config_of(2, 1, workerinput={"workerid": "gw1"}))
+
+
+BROKEN = {
+    "no driver": ("raise RuntimeError('Found no NVIDIA driver')", "RuntimeError: Found no NVIDIA driver"),
+    "full": ("raise torch.OutOfMemoryError('CUDA out of memory.')", "OutOfMemoryError: CUDA out of memory."),
+    "killed": ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+    "hangs": ("import time; time.sleep(600)", "it did not answer within 20 s"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_gpu_that_computes_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is counted but computes nothing is refused in one line that says why; a worker does not try again."""
+    broken, said = BROKEN[case]
+    monkeypatch.setattr(gpus, "PATIENCE", 20.0)
+    monkeypatch.setattr(gpus, "TRY", f"import torch; {broken}")
+    monkeypatch.setattr(gpus, "visible", lambda: ["0"])
+    with pytest.raises(UserError) as caught:
+        gpus.require(config_of())
+    assert str(caught.value).startswith("-m gpu: no usable GPU (")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    gpus.require(config_of(workerinput={"workerid": "gw0"}))
 
 
 # Told of

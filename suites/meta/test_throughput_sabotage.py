@@ -218,7 +218,7 @@ def test_expectation_names_the_reason() -> None:
 
 
 def test_bytes_alone_are_unknown_without_rounds_or_lines() -> None:
-    """What fewer bytes alone would give is no number where nothing was measured, or reading takes longer than the step."""
+    """What fewer bytes alone would give is no number where nothing was measured, or a step is shorter than reading."""
     lines = {"fp16": Roofline(14 << 30, 4.3e12), "marlin": Roofline(5 << 30, 4.3e12)}
     assert test_throughput.by_bytes_alone(dataclasses.replace(good(), rounds=()), "marlin", lines) is None
     assert test_throughput.by_bytes_alone(good(), "marlin", {}) is None
