@@ -56,25 +56,24 @@ def shared(
         return list(pool.map(look, (reference, Checkpoint(artifact))))
 
 
-def said_of(served: list[Served], selection: Selection) -> Verify:
-    """What the suite's check says of a reference and an artifact over two GPUs."""
-    verify = listener()
+def judge(served: list[Served], selection: Selection, verify: Verify) -> None:
+    """Have the suite's check judge a reference and an artifact over two GPUs."""
     both: Mapping[str, Served] = dict(zip(("reference", "artifact"), served, strict=True))
     test_memory.test_share_of_each_gpu(both, replace(selection, tensor_parallel=2), selection.limits, verify)
-    return verify
 
 
-def test_each_rank_holds_its_share(shared: list[tuple[Served, Ledger]], selection: Selection) -> None:
+def test_each_rank_holds_its_share(shared: list[tuple[Served, Ledger]], selection: Selection, verify: Verify) -> None:
     """What each of two ranks takes is the ledger's share, by vLLM's log and by NVML."""
     served = [one for one, _ in shared]
     for one in served:
         assert len(one.weights_by_gpu) == 2, f"{one.name}: vLLM's log tells of {one.weights_by_gpu} bytes of weights"
         assert None not in one.cards, f"{one.name}: NVML tells of {one.cards} bytes: which processes are a rank's?"
-    assert said_of(served, selection).conclude() == ""
+    judge(served, selection, verify)
 
 
 def test_undivided_model_is_no_share(shared: list[tuple[Served, Ledger]], selection: Selection) -> None:
     """A ledger that divides nothing is not what the ranks hold."""
-    undivided = [replace(one, ledger=alone) for one, alone in shared]
-    failed = {m.quantity for m in said_of(undivided, selection).measurements if m.holds is False}
+    verify = listener()
+    judge([replace(one, ledger=alone) for one, alone in shared], selection, verify)
+    failed = {m.quantity for m in verify.measurements if m.holds is False}
     assert failed == {f"{name}: GPUs that hold other weights than predicted" for name in ("reference", "artifact")}
