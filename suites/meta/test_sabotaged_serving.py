@@ -89,8 +89,8 @@ class World:
 
     artifact: dict[str, Recorded] = field(
         default_factory=lambda: {
-            name: recording(QUANTIZED, 10 * seed, "marlin" if name == "marlin" else "machete")
-            for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel"), 1)
+            name: recording(QUANTIZED, 10 * seed, name if name in test_serving.KERNELS else "machete")
+            for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel", "awq"), 1)
         }
     )
     reference: dict[str, Recorded] = field(
@@ -231,6 +231,13 @@ def kernel_unnamed(world: World) -> None:
     world.artifact["marlin"] = replace(world.artifact["marlin"], started=Started(1.0, (1,), 1, ("marlin", "awq")))
 
 
+def ran(world: World, **kernels: str) -> None:
+    """Conditions whose logs name other kernels; "" names none."""
+    for name, kernel in kernels.items():
+        started = Started(1.0, (1,), 1, (kernel,) if kernel else ())
+        world.artifact[name] = replace(world.artifact[name], started=started)
+
+
 def high_floor(world: World) -> None:
     """A noise floor that would excuse anything."""
     world.floor = 1e-2
@@ -293,6 +300,16 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
     "graphs that answer otherwise": (s.test_graphs_are_eager, conditions("graphs", said=ONE_WRONG), DIVERGED),
     "Marlin off": (s.test_kernels_agree, conditions("marlin", logprobs=OFF), KL.format("marlin", "eager")),
     "a fallback": (s.test_kernels_agree, kernel_unnamed, "kernels other than asked for"),
+    "Marlin everywhere": (
+        s.test_kernels_agree,
+        lambda world: ran(world, eager="marlin", awq="marlin"),
+        "kernels that both sides ran",
+    ),
+    "another side that names no kernel": (
+        s.test_kernels_agree,
+        lambda world: ran(world, eager=""),
+        "kernels that both sides ran",
+    ),
     "alone off": (s.test_alone_is_together, conditions("eager", logprobs=OFF, alone=True), ALONE),
     "alone another answer": (s.test_alone_is_together, conditions("eager", said=ONE_WRONG, alone=True), DIVERGED),
     "two GPUs off": (s.test_tensor_parallel, conditions("parallel", logprobs=OFF), KL.format("parallel", "eager")),

@@ -20,7 +20,7 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
-from fixtures.engines import offline, saying
+from fixtures.engines import kernels, offline, saying
 from fixtures.engines.bad_requests import Refusal, bad_requests, hang_up, lost_bytes, message_of, refused
 from fixtures.engines.chat import ask, reply_of
 from fixtures.engines.decoded import write_decoded
@@ -31,8 +31,9 @@ from fixtures.engines.offline_worker import as_vllm_takes_it, taught
 from fixtures.engines.process import EngineError
 from fixtures.engines.requests import audio_url, chat_request, video_url
 from fixtures.engines.server import Server, Serving, start_server
+from fixtures.meters import nvml
 from fixtures.options import SELECTION
-from fixtures.serving_under_test import applicable, pytest_collection_modifyitems
+from fixtures.serving_under_test import applicable, artifact_recorded, pytest_collection_modifyitems
 from fixtures.subjects.samples import draw
 from suites import test_serving
 from suites.meta import fake_vllm
@@ -334,3 +335,30 @@ def test_bitsandbytes_is_not_spread(gpus: int) -> None:
     config: Any = SimpleNamespace(stash={SELECTION: selection}, option=SimpleNamespace(quantizer=["bnb-nf4"]))
     pytest_collection_modifyitems(config, items)
     assert items == ([*kept, *refused] if gpus == 1 else kept)
+
+
+@pytest.mark.parametrize(
+    ("own", "takes", "begun"),
+    [(("machete",), True, 0), (("marlin",), True, 1), (("machete", "marlin"), True, 1), (("marlin",), False, None)],
+)
+def test_machete_is_forced_where_it_was_not_chosen(
+    own: tuple[str, ...], takes: bool, begun: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run by Machete is vLLM's own where it chose that alone; else it is forced, or skipped where it cannot be."""
+    started: list[str] = []
+    known = {name: SimpleNamespace(name=name, checkpoint=None) for name in ("eager", "machete")}
+    runs = SimpleNamespace(
+        recorded=lambda condition: SimpleNamespace(started=SimpleNamespace(kernels=own), name=condition.name),
+        begin=lambda conditions, asked: started.extend(one.name for one in conditions),
+    )
+    subjects = SimpleNamespace(of_artifact=lambda _: known, asked=lambda *_: [])
+    monkeypatch.setattr(nvml, "capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "why_not_machete", lambda *_: "" if takes else "q_proj has 32 inputs")
+    recorded = artifact_recorded.__wrapped__(runs, subjects, None, None)
+    if begun is None:
+        with pytest.raises(pytest.skip.Exception, match="no Machete here: q_proj has 32 inputs"):
+            recorded("machete")
+    else:
+        assert recorded("machete").name == ("machete" if begun else "eager")
+    assert started == ["machete"] * (begun or 0)
+    assert recorded("eager").name == "eager"

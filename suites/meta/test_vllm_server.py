@@ -14,17 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.engines import conditions, ports, process
-from fixtures.engines.kernels import force, identified
+from fixtures.engines.kernels import force, identified, why_not_machete
 from fixtures.engines.process import EngineError
 from fixtures.engines.refusals import likely_causes
 from fixtures.engines.server import Server, Serving, arguments, config_overrides, post, start_server
 from fixtures.engines.servers import Servers
 from fixtures.engines.vllm_logs import read_start, stage, telling_lines
-from fixtures.faults.editing import copied
+from fixtures.faults.editing import copied, edit_json
 from fixtures.faults.serving import in_memory_names
+from fixtures.formats import AWQ_GEMM
 from fixtures.subjects.published import published_config
 from suites.meta import fake_vllm
 
@@ -324,6 +326,26 @@ def test_impossible_kernels_are_refused(tiny_reference: Checkpoint, good_artifac
         force("marlin", tiny_reference, "float16")
     with pytest.raises(UserError, match="float16, not bfloat16"):
         force("awq", artifact, "bfloat16")
+
+
+def test_where_machete_must_run(good_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machete must run the shipped shapes on Hopper; other cards, groups and sizes excuse it, not what is unserved."""
+    artifact, hopper = Checkpoint(good_artifact), (9, 0)
+    assert why_not_machete(artifact, hopper) == ""
+    for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        assert why_not_machete(artifact, other).endswith("capability 9.0, this one's is {}.{}".format(*other))
+    linear = "model.layers.0.mlp.gate_proj"
+    for shape, refused in {(512, 256): False, (512, 320): False, (512, 288): True, (448, 256): True}.items():
+        monkeypatch.setattr(AWQ_GEMM, "shape", lambda _, name, s=shape: s if name == linear else (512, 256))
+        said = f"{linear} has {shape[1]} inputs, {shape[0]} outputs, groups of 128"
+        assert why_not_machete(artifact, hopper) == (said if refused else "")
+    monkeypatch.setattr(AWQ_GEMM, "shape", lambda _, name: (64, 64) if name == linear else (512, 256))
+    monkeypatch.setattr(ADAPTERS["qwen2_5_vl"], "engine_name", lambda name: "" if name == linear else name)
+    assert why_not_machete(artifact, hopper) == ""
+    monkeypatch.undo()
+    finer = copied(good_artifact, tmp_path / "finer")
+    edit_json(finer, "config.json", lambda config: config["quantization_config"].update(group_size=32))
+    assert why_not_machete(Checkpoint(finer), hopper).endswith("groups of 32")
 
 
 def test_positions_of_video_are_overridden() -> None:
