@@ -8,6 +8,7 @@ reference.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,9 +23,11 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import Limits
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
-from fixtures.engines import bad_requests
+from fixtures.engines import bad_requests, hanging_up
+from fixtures.engines.bad_requests import Refusal
 from fixtures.engines.chat import ask, ask_all
 from fixtures.engines.conditions import ALONE, IMAGES, KERNELS, LATER, NEW_TOKENS
+from fixtures.engines.hanging_up import HungUp
 from fixtures.engines.loading import load_processor
 from fixtures.engines.replies import Compared, Reply, Taught, compare, paired
 from fixtures.engines.saying import replies
@@ -350,26 +353,40 @@ def test_nothing_is_lost(
     limits: Limits,
     verify: Verify,
 ) -> None:
-    """Two hundred bad requests and clients that hang up cost no memory of the GPU, and the server goes on."""
+    """Of two hundred bad requests each is refused, or let go of when its client hangs up; none costs memory or work."""
     sample, processor = served_samples("image")[0], load_processor(artifact)
     bodies = bad_requests.bad_requests(server, sample, processor, IMAGES, hears="audio" in adapter.modalities)
     good = bad_requests.chat_request(server.model, sample, processor, max_tokens=NEW_TOKENS)
 
-    def misbehave(times: int) -> int:
-        kinds = list(bodies)
+    def misbehave(times: int) -> tuple[list[Refusal], list[HungUp]]:
+        refusals, left, bad = [], [], itertools.cycle(bodies.items())
         for turn in range(times):
             if turn % 4 == 3:
-                bad_requests.hang_up(server, good)
+                left.append(hanging_up.hang_up(server, good))
             else:
-                bad_requests.refused(server, kinds[turn % len(kinds)], bodies[kinds[turn % len(kinds)]])
-        return times
+                refusals.append(bad_requests.refused(server, *next(bad)))
+        return refusals, left
 
     misbehave(2 * len(bodies))  # what is allocated once and kept is no loss
     first: Reply = ask(server, sample, processor, NEW_TOKENS)
-    before = used_bytes(server)
-    count = misbehave(BAD)
+    idle, before = hanging_up.let_go(server), used_bytes(server)
+    refusals, left = misbehave(BAD)
+    after = hanging_up.let_go(server)
     last = ask(server, sample, processor, NEW_TOKENS)
     lost = bad_requests.lost_bytes(before, used_bytes(server))
+    unclean = [str(one) for one in refusals if not one.clean]
+    verify.none_of("bad requests without a clean refusal", unclean, among=len(refusals))
+    verify.none_of("hang-ups on no stream", [str(one) for one in left if not one.mid_stream], among=len(left))
+    verify("requests still held", after.held, equal_to=0, detail=f"{after.running:g} run, {after.waiting:g} wait")
+    asked_for, read = len(left) * hanging_up.LONG, sum(one.pieces for one in left)
+    computed = after.generated - idle.generated
+    verify(
+        "tokens computed for clients gone, of those they asked for",
+        computed / asked_for if computed >= read else None,  # a count that lacks what was read counts nothing
+        at_most=limits("serving.for_clients_gone"),
+        detail=f"{read} pieces read, {computed:g} tokens computed, {asked_for} asked for",
+    )
+    count = len(refusals) + len(left)
     verify("memory lost", lost / 2**20, "MiB", at_most=limits("serving.lost_memory"), detail=f"{count} requests")
     verify.none_of("answers that changed", compare([first], [last]).unexcused, among=1)
     verify("alive", server.alive(), equal_to=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import Tensor
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
 from fixtures.engines.bad_requests import Refusal, lost_bytes
+from fixtures.engines.hanging_up import LONG, READ, HungUp, Load
 from fixtures.engines.offline import Recorded
 from fixtures.engines.replies import Reply, Taught
 from fixtures.engines.vllm_logs import Started
@@ -68,11 +70,14 @@ class Served:
     model: str = "fake"
     says: Callable[[str, int, int], tuple[int, ...]] = lambda sample, turn, at_once: RIGHT
     refuses: Callable[[str], Refusal] = lambda kind: Refusal(kind, 400, "what was asked is wrong")
+    streams: Callable[[int], HungUp] = lambda turn: HungUp(200, READ, "")
+    keeps: Callable[[int], Load] = lambda hung_up: Load(0, 0, 2 * READ * hung_up)  # after so many hang-ups
     lost: int = 0  # bytes, with every bad request
     dead: bool = False
     turns: int = 0
     refused: int = 0
     hung_up: int = 0
+    kinds: list[str] = field(default_factory=list)  # that were sent
 
     def alive(self) -> bool:
         """Whether it runs."""
@@ -120,12 +125,13 @@ class World:
     def refuse(self, server: Served, kind: str, _: object) -> Refusal:
         """How it takes a bad request."""
         server.refused += 1
+        server.kinds.append(kind)
         return server.refuses(kind)
 
-    def hang_up(self, server: Served, _: object) -> int:
+    def hang_up(self, server: Served, _: object) -> HungUp:
         """A client that goes away."""
         server.hung_up += 1
-        return 1
+        return server.streams(server.hung_up)
 
 
 def samples(modality: str) -> list[Sample]:
@@ -140,9 +146,9 @@ def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.
         bad_requests=lambda *_, **__: {f"bad {number}": {} for number in range(10)},
         chat_request=lambda *_, **__: {},
         refused=world.refuse,
-        hang_up=world.hang_up,
         lost_bytes=lost_bytes,
     )
+    leaving = SimpleNamespace(hang_up=world.hang_up, let_go=lambda server: server.keeps(server.hung_up), LONG=LONG)
     replies = lambda _, asked, *__: [  # noqa: E731 - one expression, as transformers' own
         answered(one.id, world.transformers(number)) for number, one in enumerate(asked)
     ]
@@ -152,6 +158,7 @@ def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.
         "load_processor": lambda _: None,
         "used_bytes": Served.used,
         "bad_requests": bad,
+        "hanging_up": leaving,
         "replies": replies,
     }.items():
         monkeypatch.setattr(test_serving, name, stand_in)
@@ -328,6 +335,51 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
         serves(says=lambda sample, turn, at_once: WRONG if turn == 11 else RIGHT),
         "answers that changed after one",
     ),
+    "a 500 among two hundred": (
+        s.test_nothing_is_lost,
+        serves(refuses=kind_of(Refusal("bad 7", 500, "boom"))),
+        "bad requests without a clean refusal",
+    ),
+    "streams that never had a word": (
+        s.test_nothing_is_lost,
+        serves(streams=lambda _: HungUp(200, 0, "the stream broke off")),
+        "hang-ups on no stream",
+    ),
+    "one stream refused": (
+        s.test_nothing_is_lost,
+        serves(streams=lambda turn: HungUp(500, 0, "boom") if turn == 30 else HungUp(200, READ, "")),
+        "hang-ups on no stream",
+    ),
+    "answers that were over": (
+        s.test_nothing_is_lost,
+        serves(streams=lambda _: HungUp(200, 6, "ended by stop")),
+        "hang-ups on no stream",
+    ),
+    "a server that computes on": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(hung_up, 0, 2 * READ * hung_up)),
+        "requests still held",
+    ),
+    "requests that wait for ever": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(0, hung_up > 40, 2 * READ * hung_up)),
+        "requests still held",
+    ),
+    "a server that does not tell": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(math.nan, math.nan, 2 * READ * hung_up)),
+        "requests still held",
+    ),
+    "answers computed to their end": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(0, 0, LONG * hung_up)),
+        "tokens computed for clients gone, of those they asked for",
+    ),
+    "a count of tokens that stands still": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda _: Load(0, 0, 7)),
+        "tokens computed for clients gone, of those they asked for",
+    ),
     "a leak": (s.test_nothing_is_lost, serves(lost=MIB), "memory lost"),
     "other answers in the end": (
         s.test_nothing_is_lost,
@@ -365,6 +417,7 @@ def test_two_hundred_bad_requests(selection: Selection, monkeypatch: pytest.Monk
     warm_up = 2 * 10
     assert world.server.refused + world.server.hung_up == warm_up + 200
     assert world.server.hung_up == warm_up // 4 + 50
+    assert world.server.kinds[-150:] == [f"bad {number % 10}" for number in range(150)]  # no kind is left out
 
 
 @pytest.mark.parametrize(("own", "used"), [(7, 7), (0, 0), (None, 99)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,27 @@ import pytest
 import torch
 from PIL import Image
 
+from fixtures.adapters import adapter_for
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
 from fixtures.engines import kernels, offline, saying
-from fixtures.engines.bad_requests import Refusal, bad_requests, hang_up, lost_bytes, message_of, refused
+from fixtures.engines.bad_requests import Refusal, bad_requests, lost_bytes, message_of, refused
 from fixtures.engines.chat import ask, reply_of
 from fixtures.engines.decoded import write_decoded
+from fixtures.engines.hanging_up import (
+    LONG,
+    READ,
+    UNFINISHED,
+    HungUp,
+    Load,
+    hang_up,
+    let_go,
+    load_of,
+    metric,
+    streamed,
+)
 from fixtures.engines.hf import TransformersEngine
 from fixtures.engines.loading import load_processor
 from fixtures.engines.offline import Batch, Recorded
@@ -34,6 +48,7 @@ from fixtures.engines.server import Server, Serving, start_server
 from fixtures.meters import nvml
 from fixtures.options import SELECTION
 from fixtures.serving_under_test import applicable, artifact_recorded, pytest_collection_modifyitems
+from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
 from suites import test_serving
 from suites.meta import fake_vllm
@@ -84,10 +99,16 @@ def test_every_bad_request_is_bad_in_one_way(fake: Callable[[str], Server], tiny
     processor, sample = load_processor(tiny_reference), draw("image", "evaluation", 1)[0]
     server = fake("none")
     deaf = bad_requests(server, sample, processor, images=4, hears=False)
-    assert set(deaf) - set(bad_requests(server, sample, processor, images=4, hears=True)) == {
-        "sound to a model without ears"
-    }
+    hearing = bad_requests(server, sample, processor, images=4, hears=True)
+    assert set(deaf) - set(hearing) == {"sound to a model without ears"}
+    assert set(hearing) - set(deaf) == {"image for sound", "sound for an image"}
     assert len(deaf) == 10
+    picture, sound = (hearing[kind]["messages"][0]["content"][0] for kind in ("image for sound", "sound for an image"))
+    assert picture["audio_url"]["url"].startswith("data:image/png;base64,")
+    Image.open(io.BytesIO(_bytes_of(picture["audio_url"]["url"]))).load()  # a good one, in the wrong place
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(_bytes_of(sound["image_url"]["url"]))).load()
+    assert _bytes_of(sound["image_url"]["url"])[:4] == b"RIFF"
     shown = [part["type"] for part in deaf["too many images"]["messages"][0]["content"]]
     assert shown.count("image_url") == 5
     with pytest.raises(OSError):
@@ -99,14 +120,75 @@ def _bytes_of(url: str) -> bytes:
     return base64.b64decode(data + "=" * (-len(data) % 4))
 
 
+GOOD = {"model": "fake", "max_tokens": 8}
+
+
 def test_hanging_up(fake: Callable[[str], Server]) -> None:
-    """A client that hangs up leaves the server serving; a server that does not stream is told."""
+    """A client hangs up on an answer that goes on; the server lets go of it, serves on, and computes no more of it."""
     server = fake("none")
-    assert hang_up(server, {"model": "fake", "max_tokens": 1}) == 0
+    idle = let_go(server)
+    assert idle == Load(0, 0, 0)
+    with streamed(server, {**GOOD, **UNFINISHED}) as found:
+        assert (found, load_of(server).held) == (HungUp(200, READ, ""), 1)
+        assert let_go(server, within=0.2).held == 1  # as long as it is listened to
+    assert hang_up(server, GOOD).mid_stream
+    gone = let_go(server)
+    assert gone.held == 0
+    assert 2 * READ <= gone.generated < LONG
     assert server.alive()
     server._process.close()
     with pytest.raises(EngineError, match="does not stream"):
-        hang_up(server, {"model": "fake", "max_tokens": 1})
+        hang_up(server, GOOD)
+    with pytest.raises(EngineError, match="shows no metrics"):
+        load_of(server)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("answers 500", "500, 0 pieces, {"),
+        ("streams no words", "200, 0 pieces, ended by length"),
+        ("ends by itself", "200, 6 pieces, ended by length"),
+        ("breaks off", "200, 2 pieces, the stream broke off"),
+        ("fails in the stream", "200, 2 pieces, no piece of an answer"),
+        ("accepts anything", "200, 0 pieces, the stream broke off"),
+    ],
+)
+def test_hanging_up_on_nothing_is_seen(fake: Callable[[str], Server], fault: str, found: str) -> None:
+    """An answer that never came, had no words or was over is no stream that a client hung up on."""
+    asked = {**GOOD, "model": "another"} if fault == "accepts anything" else GOOD
+    left = hang_up(fake(fault), asked)
+    assert not left.mid_stream
+    assert str(left).startswith(found)
+
+
+def test_servers_that_go_on_for_nobody_are_seen(fake: Callable[[str], Server]) -> None:
+    """What is computed for clients that are gone stands in its gauges or in its tokens; neither may be missing."""
+    server = fake("computes on")
+    assert hang_up(server, GOOD).mid_stream
+    assert let_go(server, within=0.5).held == 1
+    server = fake("answers on")
+    assert hang_up(server, GOOD).mid_stream
+    assert (gone := let_go(server)).held == 0
+    assert gone.generated == LONG
+    mute = let_go(fake("has no metrics"), within=0.1)
+    assert math.isnan(mute.held)
+    assert math.isnan(mute.generated)
+
+
+def test_metrics_are_read() -> None:
+    """A metric is summed over its labels, found by its whole name, and no number where it is not there or is none."""
+    text = '# HELP a some\na{x="1 2"} 1.5\na{x="3"} 2\na_more 9\nb 1e3\nc{} what\n'
+    assert (metric(text, "a"), metric(text, "b")) == (3.5, 1000.0)
+    assert all(math.isnan(metric(text, name)) for name in ("c", "d", "a_", ""))
+
+
+def test_long_answers_fit(tiny_reference: Checkpoint) -> None:
+    """What is asked for before hanging up fits a shipped model beside the picture that it is asked about."""
+    for reference in (tiny_reference, Checkpoint(shipped("qwen2_5_omni-tiny"))):
+        (prompt,) = offline.prompt_tokens(reference, draw("image", "evaluation", 1), with_answer=False)
+        length = adapter_for(reference).text_config(reference.config)["max_position_embeddings"]
+        assert len(prompt) + LONG <= length
 
 
 def test_replies_of_a_server(fake: Callable[[str], Server], tiny_reference: Checkpoint) -> None:
