@@ -146,6 +146,56 @@ def test_kl_against_fp16(
     verify.note("mean token KL against FP16, served", served, "nats")
 
 
+def test_answers_in_bfloat16(
+    artifact_recorded: Recordings,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Served in bfloat16, an artifact's greedy answers are transformers' in float32, but for near ties."""
+    said, _ = exact(artifact, adapter, modality)
+    judge(verify, compare(said, artifact_recorded("bfloat16").greedy[modality]), limits, "serving.tokens", "bfloat16")
+
+
+def test_kl_in_bfloat16(
+    artifact_recorded: Recordings,
+    reference_recorded: Recordings,
+    artifact: Checkpoint,
+    reference: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    target: Target,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Served in bfloat16, an artifact is as far from its reference there as its weights and bfloat16 make it."""
+    name = f"{modality}-taught"
+    runs = {"reference": reference_recorded("bfloat16"), "artifact": artifact_recorded("bfloat16")}
+    others = [f"{of}: {run.started.dtype}" for of, run in runs.items() if run.started.dtype != "bfloat16"]
+    verify.none_of("runs in another type than bfloat16", others, among=len(runs))
+    served = kl(*(run.taught[name] for run in runs.values()))
+    weights = kl(exact(reference, adapter, modality)[1], exact(artifact, adapter, modality)[1])
+    own, moved = (
+        kl(recorded("eager").taught[name], recorded("bfloat16").taught[name])
+        for recorded in (reference_recorded, artifact_recorded)
+    )
+    detail = f"served {served:.4g} nats, weights {weights:.4g}, rounding {own:.3g} and {moved:.3g}"
+    verify("noise floor in bfloat16", own, "nats", at_most=limits("serving.noise_floor_in_bfloat16"), detail=detail)
+    limit = limits("serving.of_noise_floor_in_bfloat16", target.quantizer)
+    verify("KL of bfloat16 to float16, of the reference's", moved / own if own else None, at_most=limit, detail=detail)
+    # small KLs add as squared distances do; roundings that both sides share cancel
+    limit = limits("serving.of_weights_in_bfloat16")
+    most, least = (math.sqrt(served / of) if of else None for of in (weights + own + moved, weights))
+    where = "distance to the reference in bfloat16"
+    verify(f"{where}, of what weights and rounding add up to", most, at_most=limit, detail=detail)
+    verify(f"{where}, of what the weights make it", least, at_least=1 / limit, detail=detail)
+    verify.note("mean token KL against the reference, served in bfloat16", served, "nats")
+
+
 def test_kernel_computes_what_is_stored(
     artifact_recorded: Recordings, noise: NoiseOf, target: Target, modality: str, limits: Limits, verify: Verify
 ) -> None:

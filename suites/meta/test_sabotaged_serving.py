@@ -42,6 +42,11 @@ def disturbed(logprobs: Tensor, by: float, seed: int = 1) -> Tensor:
 QUANTIZED = disturbed(LOGPROBS, 0.02)
 
 
+def in_bfloat16(logprobs: Tensor, seed: int, kernel: str) -> Recorded:
+    """As it replies in bfloat16: three bits fewer are 64 times the KL."""
+    return recording(logprobs, seed, kernel, "bfloat16", 8e-3)
+
+
 def answered(sample: str, said: tuple[int, ...]) -> Reply:
     """A reply; only who says 7 finds it likely."""
     return reply(*said, sample=sample, top=UNKNOWN if 7 in said else None)
@@ -52,12 +57,14 @@ def greedy(said: Said = lambda _: RIGHT) -> list[Reply]:
     return [answered(f"s{number}", said(number)) for number in range(ANSWERS)]
 
 
-def recording(logprobs: Tensor, seed: int, kernel: str = "machete") -> Recorded:
+def recording(
+    logprobs: Tensor, seed: int, kernel: str = "machete", dtype: str = "float16", noise: float = 1e-3
+) -> Recorded:
     """What vLLM replies under one condition, noise included."""
-    taught = [Taught("s", (0,), disturbed(logprobs, 1e-3, seed))]
-    alone = [Taught("s", (0,), disturbed(taught[0].logprobs, 1e-3, seed + 1))]
+    taught = [Taught("s", (0,), disturbed(logprobs, noise, seed))]
+    alone = [Taught("s", (0,), disturbed(taught[0].logprobs, noise, seed + 1))]
     return Recorded(
-        Started(1.0, (1,), 1, (kernel,)),
+        Started(1.0, (1,), 1, (kernel,), dtype),
         {"text": greedy(), "alone": greedy()[: test_serving.ALONE]},
         {"text-taught": taught, "alone-taught": alone},
     )
@@ -93,16 +100,22 @@ class World:
     """All that a check of serving looks at; sound, until something is broken."""
 
     artifact: dict[str, Recorded] = field(
-        default_factory=lambda: {
-            name: recording(QUANTIZED, 10 * seed, name if name in test_serving.KERNELS else "machete")
-            for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel", "awq"), 1)
-        }
+        default_factory=lambda: (
+            {
+                name: recording(QUANTIZED, 10 * seed, name if name in test_serving.KERNELS else "machete")
+                for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel", "awq"), 1)
+            }
+            | {"bfloat16": in_bfloat16(QUANTIZED, 1000, "machete")}
+        )
     )
     reference: dict[str, Recorded] = field(
-        default_factory=lambda: {
-            name: recording(LOGPROBS, 100 * seed, "fp16")
-            for seed, name in enumerate(("eager", "graphs", "parallel"), 1)
-        }
+        default_factory=lambda: (
+            {
+                name: recording(LOGPROBS, 100 * seed, "fp16")
+                for seed, name in enumerate(("eager", "graphs", "parallel"), 1)
+            }
+            | {"bfloat16": in_bfloat16(LOGPROBS, 2000, "bf16")}
+        )
     )
     exactly: dict[str, Tensor] = field(default_factory=lambda: {"reference": LOGPROBS, "artifact": QUANTIZED})
     transformers: Said = lambda _: RIGHT
@@ -233,6 +246,41 @@ def all_short(world: World) -> None:
     conditions(*world.artifact, said=world.transformers)(world)
 
 
+def reference_runs(**changes: Tensor) -> Any:
+    """The reference's conditions give other distributions."""
+
+    def fault(world: World) -> None:
+        for name, logprobs in changes.items():
+            taught = {"text-taught": [Taught("s", (0,), logprobs)]}
+            world.reference[name] = replace(world.reference[name], taught=taught)
+
+    return fault
+
+
+def is_its_reference(world: World) -> None:
+    """Where the artifact should have been, the reference was served, in float16 and in bfloat16."""
+    for name in ("eager", "bfloat16"):
+        world.artifact[name] = replace(world.artifact[name], taught=world.reference[name].taught)
+
+
+def with_itself(world: World) -> None:
+    """Where the reference should have been, the artifact was served."""
+    for name in ("eager", "bfloat16"):
+        world.reference[name] = replace(world.reference[name], taught=world.artifact[name].taught)
+
+
+def float16_after_all(world: World) -> None:
+    """An engine that was told bfloat16 and computes in float16."""
+    started = replace(world.artifact["bfloat16"].started, dtype="float16")
+    world.artifact["bfloat16"] = replace(world.artifact["bfloat16"], started=started)
+
+
+def twice_the_error(world: World) -> None:
+    """What is served is further from its reference than its weights are, in float16 and in bfloat16 alike."""
+    conditions("eager", logprobs=TWICE)(world)
+    world.artifact["bfloat16"] = in_bfloat16(TWICE, 1000, "machete")
+
+
 def kernel_unnamed(world: World) -> None:
     """Marlin was forced, and a fallback taken."""
     world.artifact["marlin"] = replace(world.artifact["marlin"], started=Started(1.0, (1,), 1, ("marlin", "awq")))
@@ -261,13 +309,19 @@ def number_of(sample: str) -> int:
 
 
 ONE_WRONG: Said = lambda number: WRONG if number == 3 else RIGHT  # noqa: E731 - a value beside its peers
+MOSTLY_TIES: Said = lambda number: TIE if number % 8 else RIGHT  # noqa: E731
 MANY_TIES: Said = lambda number: TIE if number % 8 > 2 else RIGHT  # noqa: E731
 OFF = disturbed(QUANTIZED, 0.05)  # a layer's scales off
+OFF_ANOTHER_WAY = disturbed(QUANTIZED, 0.05, seed=5)  # than quantizing does
 DIVERGED, SAME, TOKENS = "divergences that are no near tie", "same answers", "tokens compared"
 KL = "KL of {} to {}, of the noise floor"
 ALONE = "KL of prompts alone, of the noise floor"
 FURTHER = "distance to FP16, of what weights and kernel add up to"
 NEARER = "distance to FP16 and kernel, of what the weights make it"
+FLOOR = "noise floor in bfloat16"
+ROUNDED = "KL of bfloat16 to float16, of the reference's"
+FURTHER_ROUNDED = "distance to the reference in bfloat16, of what weights and rounding add up to"
+NEARER_ROUNDED = "distance to the reference in bfloat16, of what the weights make it"
 TWICE = disturbed(LOGPROBS, 0.04)
 HALF = disturbed(LOGPROBS, 0.01)
 
@@ -297,6 +351,15 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
     "several images: short answers": (s.test_several_images, all_short, TOKENS),
     "twice the error": (s.test_kl_against_fp16, conditions("decoded", "graphs", logprobs=TWICE), FURTHER),
     "half the error": (s.test_kl_against_fp16, conditions("decoded", "graphs", logprobs=HALF), NEARER),
+    "bfloat16: a wrong answer": (s.test_answers_in_bfloat16, conditions("bfloat16", said=ONE_WRONG), DIVERGED),
+    "bfloat16: near ties": (s.test_answers_in_bfloat16, conditions("bfloat16", said=MOSTLY_TIES), SAME),
+    "bfloat16: short answers": (s.test_answers_in_bfloat16, all_short, TOKENS),
+    "scales off in bfloat16 alone": (s.test_kl_in_bfloat16, conditions("bfloat16", logprobs=OFF_ANOTHER_WAY), ROUNDED),
+    "a reference off in bfloat16": (s.test_kl_in_bfloat16, reference_runs(bfloat16=disturbed(LOGPROBS, 0.1)), FLOOR),
+    "float16 after all": (s.test_kl_in_bfloat16, float16_after_all, "runs in another type than bfloat16"),
+    "twice the error in bfloat16, too": (s.test_kl_in_bfloat16, twice_the_error, FURTHER_ROUNDED),
+    "an artifact that is its reference": (s.test_kl_in_bfloat16, is_its_reference, NEARER_ROUNDED),
+    "a reference that is the artifact": (s.test_kl_in_bfloat16, with_itself, NEARER_ROUNDED),
     "a floor that excuses": (s.test_kernel_computes_what_is_stored, high_floor, "noise floor"),
     "a kernel off": (
         s.test_kernel_computes_what_is_stored,

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,15 +43,20 @@ from fixtures.engines.loading import load_processor
 from fixtures.engines.offline import Batch, Recorded
 from fixtures.engines.offline_worker import as_vllm_takes_it, taught
 from fixtures.engines.process import EngineError
+from fixtures.engines.replies import Taught
 from fixtures.engines.requests import audio_url, chat_request, video_url
 from fixtures.engines.server import Server, Serving, start_server
+from fixtures.engines.vllm_logs import Started
+from fixtures.faults.editing import copied, edit_tensor
+from fixtures.formats import AWQ_GEMM
 from fixtures.meters import nvml
-from fixtures.options import SELECTION
+from fixtures.options import SELECTION, Selection
 from fixtures.serving_under_test import applicable, artifact_recorded, pytest_collection_modifyitems
 from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
 from suites import test_serving
 from suites.meta import fake_vllm
+from suites.meta.answering import listener
 
 # -- the server ------------------------------------------------------------------------------------------------------
 
@@ -373,6 +378,58 @@ def test_decoded_checkpoint(good_artifact: Path, tmp_path: Path) -> None:
         for checkpoint in (artifact, decoded)
     )
     assert test_serving.kl(one, other) < 1e-5
+
+
+TEXTS = 8
+
+
+def in_both_types(checkpoint: Checkpoint) -> dict[str, list[Taught]]:
+    """What a checkpoint says of a few texts in float16, as "eager", and in bfloat16."""
+    types = {"eager": torch.float16, "bfloat16": torch.bfloat16}
+    samples = draw("text", "evaluation", TEXTS)
+    return {name: saying.taught(TransformersEngine(checkpoint, _vl(), dtype), samples) for name, dtype in types.items()}
+
+
+def test_bfloat16_of_real_checkpoints(
+    tiny_reference: Checkpoint, good_artifact: Path, selection: Selection, tmp_path: Path
+) -> None:
+    """A real artifact holds in bfloat16, with transformers for an engine; scales that are off there alone do not.
+
+    Nor does an artifact in its reference's place, or a reference in the artifact's.
+    """
+    good, samples = Checkpoint(good_artifact), draw("text", "evaluation", TEXTS)
+    damaged = copied(good_artifact, tmp_path / "damaged")
+    for name in AWQ_GEMM.quantized(good.tensors):
+        edit_tensor(damaged, f"{name}.scales", lambda scales: scales * 1.1)
+    reference, artifact, off = map(in_both_types, (tiny_reference, good, Checkpoint(damaged)))
+    exactly = {
+        name: saying.taught(TransformersEngine(checkpoint, _vl(), torch.float32), samples)
+        for name, checkpoint in (("reference", tiny_reference), ("artifact", good))
+    }
+
+    def failing(reference: Mapping[str, list[Taught]], artifact: Mapping[str, list[Taught]]) -> list[str]:
+        verify = listener()
+        recorded = [
+            lambda name, said=said: Recorded(Started(1.0, (1,), 1, (), name), {}, {"text-taught": said[name]})
+            for said in (artifact, reference)
+        ]
+        test_serving.test_kl_in_bfloat16(
+            *recorded,
+            "artifact",
+            "reference",
+            None,
+            lambda checkpoint, *_: ([], exactly[checkpoint]),
+            Target("qwen2_5_vl", "tiny", "awq"),
+            "text",
+            selection.limits,
+            verify,
+        )
+        return [m.quantity.partition(",")[0] for m in verify.measurements if m.bound and not m.holds]
+
+    assert failing(reference, artifact) == []
+    assert failing(reference, {**artifact, "bfloat16": off["bfloat16"]}) == ["KL of bfloat16 to float16"]
+    assert failing(reference, reference) == ["distance to the reference in bfloat16"]
+    assert failing(artifact, artifact) == ["distance to the reference in bfloat16"]
 
 
 # -- targets ---------------------------------------------------------------------------------------------------------

@@ -280,6 +280,13 @@ def test_kernels_are_named(log: str, kernels: tuple[str, ...]) -> None:
     assert identified(log) == kernels
 
 
+def test_the_type_of_a_run_is_named() -> None:
+    """A log says in which type activations are computed; one that does not is taken for none."""
+    assert read_start(fake_vllm.LOG, 1.0).dtype == "float16"
+    assert read_start(fake_vllm.LOG.replace("torch.float16", "torch.bfloat16"), 1.0).dtype == "bfloat16"
+    assert read_start("dtype=auto, kv_cache_dtype=torch.fp8", 1.0).dtype == ""
+
+
 def test_start_is_followed() -> None:
     """A start's stages are told from the log so far, and a log without figures gives zeros."""
     lines = fake_vllm.LOG.splitlines(keepends=True)
@@ -354,6 +361,19 @@ def test_positions_of_video_are_overridden() -> None:
     assert config_overrides(published_config("qwen2_5_vl-3b")) == {}
     odd = {"thinker_config": {"position_id_per_seconds": 1, "vision_config": {}}}
     assert config_overrides(odd) == {"thinker_config": {"vision_config": {"tokens_per_second": 1}}}
+
+
+def test_conditions_are_apart(tiny_reference: Checkpoint, good_artifact: Path) -> None:
+    """Every condition is a run of its own: another kernel, graphs or type; all but one are in float16."""
+    adapter, artifact = ADAPTERS["qwen2_5_vl"], Checkpoint(good_artifact)
+    of_reference = conditions.of_reference(tiny_reference, adapter, 1)
+    of_artifact = conditions.of_artifact(artifact, tiny_reference, adapter, 1, conditions.KERNELS)
+    assert list(of_reference) == ["eager", "graphs", "bfloat16"]
+    assert list(of_artifact) == ["eager", "graphs", "bfloat16", *conditions.KERNELS, "decoded"]
+    for found in (of_reference, of_artifact):
+        assert len({condition.key for condition in found.values()}) == len(found)
+        assert [name for name, one in found.items() if one.serving.dtype != "float16"] == ["bfloat16"]
+        assert found["bfloat16"].serving == replace(found["eager"].serving, dtype="bfloat16")
 
 
 def test_conditions_are_run_once(tiny_reference: Checkpoint, tmp_path: Path) -> None:
