@@ -8,6 +8,7 @@ reference.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,9 +23,11 @@ from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.limits import Limits
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
-from fixtures.engines import bad_requests
+from fixtures.engines import bad_requests, hanging_up
+from fixtures.engines.bad_requests import Refusal
 from fixtures.engines.chat import ask, ask_all
-from fixtures.engines.conditions import ALONE, IMAGES, KERNELS, NEW_TOKENS
+from fixtures.engines.conditions import ALONE, IMAGES, KERNELS, LATER, NEW_TOKENS
+from fixtures.engines.hanging_up import HungUp
 from fixtures.engines.loading import load_processor
 from fixtures.engines.replies import Compared, Reply, Taught, compare, paired
 from fixtures.engines.saying import replies
@@ -143,6 +146,56 @@ def test_kl_against_fp16(
     verify.note("mean token KL against FP16, served", served, "nats")
 
 
+def test_answers_in_bfloat16(
+    artifact_recorded: Recordings,
+    artifact: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Served in bfloat16, an artifact's greedy answers are transformers' in float32, but for near ties."""
+    said, _ = exact(artifact, adapter, modality)
+    judge(verify, compare(said, artifact_recorded("bfloat16").greedy[modality]), limits, "serving.tokens", "bfloat16")
+
+
+def test_kl_in_bfloat16(
+    artifact_recorded: Recordings,
+    reference_recorded: Recordings,
+    artifact: Checkpoint,
+    reference: Checkpoint,
+    adapter: Adapter,
+    exact: Exact,
+    target: Target,
+    modality: str,
+    limits: Limits,
+    verify: Verify,
+) -> None:
+    """Served in bfloat16, an artifact is as far from its reference there as its weights and bfloat16 make it."""
+    name = f"{modality}-taught"
+    runs = {"reference": reference_recorded("bfloat16"), "artifact": artifact_recorded("bfloat16")}
+    others = [f"{of}: {run.started.dtype}" for of, run in runs.items() if run.started.dtype != "bfloat16"]
+    verify.none_of("runs in another type than bfloat16", others, among=len(runs))
+    served = kl(*(run.taught[name] for run in runs.values()))
+    weights = kl(exact(reference, adapter, modality)[1], exact(artifact, adapter, modality)[1])
+    own, moved = (
+        kl(recorded("eager").taught[name], recorded("bfloat16").taught[name])
+        for recorded in (reference_recorded, artifact_recorded)
+    )
+    detail = f"served {served:.4g} nats, weights {weights:.4g}, rounding {own:.3g} and {moved:.3g}"
+    verify("noise floor in bfloat16", own, "nats", at_most=limits("serving.noise_floor_in_bfloat16"), detail=detail)
+    limit = limits("serving.of_noise_floor_in_bfloat16", target.quantizer)
+    verify("KL of bfloat16 to float16, of the reference's", moved / own if own else None, at_most=limit, detail=detail)
+    # small KLs add as squared distances do; roundings that both sides share cancel
+    limit = limits("serving.of_weights_in_bfloat16")
+    most, least = (math.sqrt(served / of) if of else None for of in (weights + own + moved, weights))
+    where = "distance to the reference in bfloat16"
+    verify(f"{where}, of what weights and rounding add up to", most, at_most=limit, detail=detail)
+    verify(f"{where}, of what the weights make it", least, at_least=1 / limit, detail=detail)
+    verify.note("mean token KL against the reference, served in bfloat16", served, "nats")
+
+
 def test_kernel_computes_what_is_stored(
     artifact_recorded: Recordings, noise: NoiseOf, target: Target, modality: str, limits: Limits, verify: Verify
 ) -> None:
@@ -173,11 +226,23 @@ def test_kernels_agree(
     limits: Limits,
     verify: Verify,
 ) -> None:
-    """VLLM's own choice, Marlin and AWQ's plain kernel compute the same, and each is the one that was asked for."""
+    """Machete, Marlin and AWQ's plain kernel compute the same: each where it was asked for, held against another."""
     named = artifact_recorded(kernel).started.kernels
     verify.none_of("kernels other than asked for", sorted(set(named) - {kernel}), among=len(named))
+    against = another_kernel(artifact_recorded, kernel)
+    others = artifact_recorded(against).started.kernels
+    verify.none_of("kernels that both sides ran", sorted({kernel, *named} & {*others}), among=len(others))
+    rows = [(name, ", ".join(ran) or "none is named") for name, ran in ((kernel, named), (against, others))]
+    verify.table("Kernels held against each other", ("asked for", "ran"), rows)
     limit = limits("serving.of_kernels", target.quantizer)
-    hold(verify, artifact_recorded, ("eager", kernel), noise(modality), modality, limit)
+    hold(verify, artifact_recorded, (against, kernel), noise(modality), modality, limit)
+
+
+def another_kernel(recorded: Recordings, kernel: str) -> str:
+    """The condition that a kernel is held against: vLLM's own choice, or, where that is this kernel, another forced."""
+    forced = [name for name in KERNELS if name not in (kernel, *LATER)]
+    others = (name for name in ("eager", *forced) if kernel not in recorded(name).started.kernels)
+    return next(others, forced[-1])
 
 
 def test_alone_is_together(
@@ -338,26 +403,40 @@ def test_nothing_is_lost(
     limits: Limits,
     verify: Verify,
 ) -> None:
-    """Two hundred bad requests and clients that hang up cost no memory of the GPU, and the server goes on."""
+    """Of two hundred bad requests each is refused, or let go of when its client hangs up; none costs memory or work."""
     sample, processor = served_samples("image")[0], load_processor(artifact)
     bodies = bad_requests.bad_requests(server, sample, processor, IMAGES, hears="audio" in adapter.modalities)
     good = bad_requests.chat_request(server.model, sample, processor, max_tokens=NEW_TOKENS)
 
-    def misbehave(times: int) -> int:
-        kinds = list(bodies)
+    def misbehave(times: int) -> tuple[list[Refusal], list[HungUp]]:
+        refusals, left, bad = [], [], itertools.cycle(bodies.items())
         for turn in range(times):
             if turn % 4 == 3:
-                bad_requests.hang_up(server, good)
+                left.append(hanging_up.hang_up(server, good))
             else:
-                bad_requests.refused(server, kinds[turn % len(kinds)], bodies[kinds[turn % len(kinds)]])
-        return times
+                refusals.append(bad_requests.refused(server, *next(bad)))
+        return refusals, left
 
     misbehave(2 * len(bodies))  # what is allocated once and kept is no loss
     first: Reply = ask(server, sample, processor, NEW_TOKENS)
-    before = used_bytes(server)
-    count = misbehave(BAD)
+    idle, before = hanging_up.let_go(server), used_bytes(server)
+    refusals, left = misbehave(BAD)
+    after = hanging_up.let_go(server)
     last = ask(server, sample, processor, NEW_TOKENS)
     lost = bad_requests.lost_bytes(before, used_bytes(server))
+    unclean = [str(one) for one in refusals if not one.clean]
+    verify.none_of("bad requests without a clean refusal", unclean, among=len(refusals))
+    verify.none_of("hang-ups on no stream", [str(one) for one in left if not one.mid_stream], among=len(left))
+    verify("requests still held", after.held, equal_to=0, detail=f"{after.running:g} run, {after.waiting:g} wait")
+    asked_for, read = len(left) * hanging_up.LONG, sum(one.pieces for one in left)
+    computed = after.generated - idle.generated
+    verify(
+        "tokens computed for clients gone, of those they asked for",
+        computed / asked_for if computed >= read else None,  # a count that lacks what was read counts nothing
+        at_most=limits("serving.for_clients_gone"),
+        detail=f"{read} pieces read, {computed:g} tokens computed, {asked_for} asked for",
+    )
+    count = len(refusals) + len(left)
     verify("memory lost", lost / 2**20, "MiB", at_most=limits("serving.lost_memory"), detail=f"{count} requests")
     verify.none_of("answers that changed", compare([first], [last]).unexcused, among=1)
     verify("alive", server.alive(), equal_to=1)

@@ -1,7 +1,7 @@
 """Stands in for vLLM's OpenAI server: the same flags, logs and answers, no GPU; and it misbehaves on demand.
 
-``python fake_vllm.py FAULT --model ... --port ...``; FAULT is one of ``FAULTS``. Like vLLM it starts a child of its
-own, which would outlive it if only the server were killed.
+``python fake_vllm.py FAULT --model ... --port ...``; FAULT is one of ``FAULTS`` or ``STREAMS``. Like vLLM it starts a
+child of its own, which would outlive it if only the server were killed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ import json
 import subprocess
 import sys
 import time
+from typing import Any
 
 FAULTS = ("none", "dies", "hangs", "stubborn", "answers 500", "accepts anything", "dies when asked")
+STREAMS = (
+    "streams no words",
+    "ends by itself",
+    "breaks off",
+    "fails in the stream",
+    "computes on",  # the engine core never hears that a client is gone
+    "answers on",  # nor does the server: it answers to the end
+    "has no metrics",
+)
 LOG = """\
 (APIServer pid=11) INFO 11-22 21:00:00 [api_server.py:100] vLLM API server version 0.25.1
 (EngineCore pid=12) INFO 11-22 21:00:01 [core.py:114] Initializing a V1 LLM engine (v0.25.1) with config: \
@@ -40,9 +50,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     fault = "none"
     asked = 0
+    running = 0  # requests
+    generated = 0  # tokens
 
     def do_GET(self) -> None:
-        self.answer(200, b"")
+        if self.path != "/metrics" or self.fault == "has no metrics":
+            return self.answer(200, b"")
+        lines = [
+            "# TYPE vllm:num_requests_running gauge",
+            f'vllm:num_requests_running{{engine="0",model_name="fake"}} {Handler.running}.0',
+            'vllm:num_requests_waiting{engine="0",model_name="fake"} 0.0',
+            f'vllm:generation_tokens_total{{engine="0",model_name="fake"}} {Handler.generated}.0',
+        ]
+        return self.answer(200, "\n".join(lines).encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -62,9 +82,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
             good = False
         if not good and self.fault != "accepts anything":
             return self.answer(400, b'{"error": {"message": "what was asked is wrong", "type": "BadRequestError"}}')
+        if good and asked.get("stream"):
+            return self.stream(asked)
         place = {"token": "token_id:7", "logprob": -0.1, "top_logprobs": [{"token": "token_id:7", "logprob": -0.1}]}
         choice = {"token_ids": [7], "logprobs": {"content": [place]}}
         return self.answer(200, json.dumps({"prompt_token_ids": [1, 2], "choices": [choice]}).encode())
+
+    def stream(self, asked: dict[str, Any]) -> None:
+        """One token after another, until all are said or the client is gone."""
+        self.send_response(200)
+        self.end_headers()
+        most = 6 if self.fault == "ends by itself" or not asked.get("ignore_eos") else asked["max_tokens"]
+        Handler.running += 1
+        said = 0
+        try:
+            self.event({"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+            while said < most:
+                said += 1
+                Handler.generated += 1
+                if said == 3 and self.fault == "breaks off":
+                    break
+                if said == 3 and self.fault == "fails in the stream":
+                    self.event({"error": {"message": "boom"}})
+                    break
+                words = "" if self.fault == "streams no words" else " a"
+                over = "length" if said == most else None
+                self.event({"choices": [{"delta": {"content": words}, "finish_reason": over}]})
+                time.sleep(0 if self.fault == "streams no words" else 0.005)
+        except OSError:  # the client is gone
+            if self.fault == "computes on":
+                return
+            if self.fault == "answers on":
+                Handler.generated += most - said
+        Handler.running -= 1
+
+    def event(self, data: dict[str, Any]) -> None:
+        self.wfile.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+        self.wfile.flush()
 
     def answer(self, status: int, body: bytes) -> None:
         self.send_response(status)

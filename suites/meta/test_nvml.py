@@ -44,6 +44,7 @@ def fake_nvml(processes: Mapping[int, int | None], *, used: int = GIB, broken: s
         nvmlDeviceGetHandleByIndex=handle, nvmlDeviceGetHandleByUUID=handle, asked=asked,
         nvmlDeviceGetName=lambda _: b"NVIDIA H200", nvmlSystemGetDriverVersion=lambda: "580.1",
         nvmlDeviceGetMemoryInfo=lambda _, version: SimpleNamespace(total=4 * GIB, used=used, version=version),
+        nvmlDeviceGetCudaComputeCapability=lambda _: [9, 0],
         nvmlDeviceGetComputeRunningProcesses=running, nvmlDeviceGetGraphicsRunningProcesses=lambda _: [],
     )  # fmt: skip
     return fake
@@ -94,6 +95,16 @@ def test_no_such_card(with_nvml: Callable[..., ModuleType], monkeypatch: pytest.
     with_nvml({}, broken="init")
     with pytest.raises(nvml.NvmlError, match="does not start"):
         nvml.card()
+
+
+def test_capability(with_nvml: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card's generation is the visible card's; of one that is not there it is an error, as of everything else."""
+    fake = with_nvml({})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert nvml.capability() == (9, 0)
+    assert fake.asked == [3]
+    with pytest.raises(nvml.NvmlError):
+        nvml.capability(1)
 
 
 def test_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:

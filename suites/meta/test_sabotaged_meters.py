@@ -13,7 +13,7 @@ import pytest
 from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.intervals import Interval, paired_ratio, ratio_or_unknown
-from fixtures.engines.bad_requests import hang_up
+from fixtures.engines.hanging_up import UNFINISHED, HungUp, hang_up
 from fixtures.engines.kernels import identified
 from fixtures.engines.plain_awq import SAYS
 from fixtures.engines.replies import TOP, compare
@@ -26,7 +26,7 @@ from fixtures.meters.memory import Measured, Reading, Record
 from fixtures.meters.rounds import WARM_UP
 from fixtures.subjects import shipped
 from suites.meta.contests import KERNELS, changed, good
-from suites.meta.scripted import Answer, chunk, ending, event, serving
+from suites.meta.scripted import Answer, chunk, event, serving
 from suites.meta.test_serving_sabotage import END, reply
 
 # -- rounds ------------------------------------------------------------------------------------------------------------
@@ -179,11 +179,20 @@ def test_near_ties_end_after_the_first_few(place: int, excused: bool) -> None:
 
 
 def test_hanging_up_after_some_events() -> None:
-    """Who hangs up has read as many events as were wanted, or all that came."""
-    with serving(lambda _: Answer([*(chunk(number) for number in range(1, 8)), ending(7)])) as scripted:
-        server: Any = SimpleNamespace(port=int(scripted.url.split(":")[2].partition("/")[0]))
-        assert [hang_up(server, {}, after) for after in (1, 3, 99)] == [1, 3, 9]
-        assert all(body["stream"] for body in scripted.bodies)
+    """Who hangs up has read as many pieces with words as were wanted, or all that came; asked for is a long answer."""
+    piece = {"choices": [{"delta": {"content": " a"}, "finish_reason": None}]}
+    wordless = [{"choices": [{"delta": said}]} for said in ({"content": ""}, {"content": None}, {"role": "assistant"})]
+    last = {"choices": [{"delta": {"content": " b"}, "finish_reason": "stop"}]}
+    pieces = [b": a comment\n\n", *map(event, [*wordless, *[piece] * 7, *wordless])]
+    for ends, how in {(event(last),): "ended by stop", (b"data: [DONE]\n\n",): "done", (): "broke off"}.items():
+        with serving(lambda _, ends=ends: Answer([*pieces, *ends])) as scripted:
+            server: Any = SimpleNamespace(port=int(scripted.url.split(":")[2].partition("/")[0]))
+            early, late, all_of_it = (hang_up(server, {"max_tokens": 2}, wanted) for wanted in (1, 7, 99))
+            assert (early, late) == (HungUp(200, 1, ""), HungUp(200, 7, ""))
+            assert all_of_it.pieces == 7 + (how == "ended by stop")
+            assert all_of_it.ended.endswith(how)
+            assert [one.mid_stream for one in (early, late, all_of_it)] == [True, True, False]
+            assert all(body == {"stream": True, **UNFINISHED} for body in scripted.bodies)
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------

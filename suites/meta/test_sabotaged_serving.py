@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import Tensor
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
 from fixtures.engines.bad_requests import Refusal, lost_bytes
+from fixtures.engines.hanging_up import LONG, READ, HungUp, Load
 from fixtures.engines.offline import Recorded
 from fixtures.engines.replies import Reply, Taught
 from fixtures.engines.vllm_logs import Started
@@ -40,6 +42,11 @@ def disturbed(logprobs: Tensor, by: float, seed: int = 1) -> Tensor:
 QUANTIZED = disturbed(LOGPROBS, 0.02)
 
 
+def in_bfloat16(logprobs: Tensor, seed: int, kernel: str) -> Recorded:
+    """As it replies in bfloat16: three bits fewer are 64 times the KL."""
+    return recording(logprobs, seed, kernel, "bfloat16", 8e-3)
+
+
 def answered(sample: str, said: tuple[int, ...]) -> Reply:
     """A reply; only who says 7 finds it likely."""
     return reply(*said, sample=sample, top=UNKNOWN if 7 in said else None)
@@ -50,12 +57,14 @@ def greedy(said: Said = lambda _: RIGHT) -> list[Reply]:
     return [answered(f"s{number}", said(number)) for number in range(ANSWERS)]
 
 
-def recording(logprobs: Tensor, seed: int, kernel: str = "machete") -> Recorded:
+def recording(
+    logprobs: Tensor, seed: int, kernel: str = "machete", dtype: str = "float16", noise: float = 1e-3
+) -> Recorded:
     """What vLLM replies under one condition, noise included."""
-    taught = [Taught("s", (0,), disturbed(logprobs, 1e-3, seed))]
-    alone = [Taught("s", (0,), disturbed(taught[0].logprobs, 1e-3, seed + 1))]
+    taught = [Taught("s", (0,), disturbed(logprobs, noise, seed))]
+    alone = [Taught("s", (0,), disturbed(taught[0].logprobs, noise, seed + 1))]
     return Recorded(
-        Started(1.0, (1,), 1, (kernel,)),
+        Started(1.0, (1,), 1, (kernel,), dtype),
         {"text": greedy(), "alone": greedy()[: test_serving.ALONE]},
         {"text-taught": taught, "alone-taught": alone},
     )
@@ -68,11 +77,14 @@ class Served:
     model: str = "fake"
     says: Callable[[str, int, int], tuple[int, ...]] = lambda sample, turn, at_once: RIGHT
     refuses: Callable[[str], Refusal] = lambda kind: Refusal(kind, 400, "what was asked is wrong")
+    streams: Callable[[int], HungUp] = lambda turn: HungUp(200, READ, "")
+    keeps: Callable[[int], Load] = lambda hung_up: Load(0, 0, 2 * READ * hung_up)  # after so many hang-ups
     lost: int = 0  # bytes, with every bad request
     dead: bool = False
     turns: int = 0
     refused: int = 0
     hung_up: int = 0
+    kinds: list[str] = field(default_factory=list)  # that were sent
 
     def alive(self) -> bool:
         """Whether it runs."""
@@ -88,16 +100,22 @@ class World:
     """All that a check of serving looks at; sound, until something is broken."""
 
     artifact: dict[str, Recorded] = field(
-        default_factory=lambda: {
-            name: recording(QUANTIZED, 10 * seed, "marlin" if name == "marlin" else "machete")
-            for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel"), 1)
-        }
+        default_factory=lambda: (
+            {
+                name: recording(QUANTIZED, 10 * seed, name if name in test_serving.KERNELS else "machete")
+                for seed, name in enumerate(("decoded", "eager", "graphs", "marlin", "parallel", "awq"), 1)
+            }
+            | {"bfloat16": in_bfloat16(QUANTIZED, 1000, "machete")}
+        )
     )
     reference: dict[str, Recorded] = field(
-        default_factory=lambda: {
-            name: recording(LOGPROBS, 100 * seed, "fp16")
-            for seed, name in enumerate(("eager", "graphs", "parallel"), 1)
-        }
+        default_factory=lambda: (
+            {
+                name: recording(LOGPROBS, 100 * seed, "fp16")
+                for seed, name in enumerate(("eager", "graphs", "parallel"), 1)
+            }
+            | {"bfloat16": in_bfloat16(LOGPROBS, 2000, "bf16")}
+        )
     )
     exactly: dict[str, Tensor] = field(default_factory=lambda: {"reference": LOGPROBS, "artifact": QUANTIZED})
     transformers: Said = lambda _: RIGHT
@@ -120,12 +138,13 @@ class World:
     def refuse(self, server: Served, kind: str, _: object) -> Refusal:
         """How it takes a bad request."""
         server.refused += 1
+        server.kinds.append(kind)
         return server.refuses(kind)
 
-    def hang_up(self, server: Served, _: object) -> int:
+    def hang_up(self, server: Served, _: object) -> HungUp:
         """A client that goes away."""
         server.hung_up += 1
-        return 1
+        return server.streams(server.hung_up)
 
 
 def samples(modality: str) -> list[Sample]:
@@ -140,9 +159,9 @@ def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.
         bad_requests=lambda *_, **__: {f"bad {number}": {} for number in range(10)},
         chat_request=lambda *_, **__: {},
         refused=world.refuse,
-        hang_up=world.hang_up,
         lost_bytes=lost_bytes,
     )
+    leaving = SimpleNamespace(hang_up=world.hang_up, let_go=lambda server: server.keeps(server.hung_up), LONG=LONG)
     replies = lambda _, asked, *__: [  # noqa: E731 - one expression, as transformers' own
         answered(one.id, world.transformers(number)) for number, one in enumerate(asked)
     ]
@@ -152,6 +171,7 @@ def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.
         "load_processor": lambda _: None,
         "used_bytes": Served.used,
         "bad_requests": bad,
+        "hanging_up": leaving,
         "replies": replies,
     }.items():
         monkeypatch.setattr(test_serving, name, stand_in)
@@ -226,9 +246,51 @@ def all_short(world: World) -> None:
     conditions(*world.artifact, said=world.transformers)(world)
 
 
+def reference_runs(**changes: Tensor) -> Any:
+    """The reference's conditions give other distributions."""
+
+    def fault(world: World) -> None:
+        for name, logprobs in changes.items():
+            taught = {"text-taught": [Taught("s", (0,), logprobs)]}
+            world.reference[name] = replace(world.reference[name], taught=taught)
+
+    return fault
+
+
+def is_its_reference(world: World) -> None:
+    """Where the artifact should have been, the reference was served, in float16 and in bfloat16."""
+    for name in ("eager", "bfloat16"):
+        world.artifact[name] = replace(world.artifact[name], taught=world.reference[name].taught)
+
+
+def with_itself(world: World) -> None:
+    """Where the reference should have been, the artifact was served."""
+    for name in ("eager", "bfloat16"):
+        world.reference[name] = replace(world.reference[name], taught=world.artifact[name].taught)
+
+
+def float16_after_all(world: World) -> None:
+    """An engine that was told bfloat16 and computes in float16."""
+    started = replace(world.artifact["bfloat16"].started, dtype="float16")
+    world.artifact["bfloat16"] = replace(world.artifact["bfloat16"], started=started)
+
+
+def twice_the_error(world: World) -> None:
+    """What is served is further from its reference than its weights are, in float16 and in bfloat16 alike."""
+    conditions("eager", logprobs=TWICE)(world)
+    world.artifact["bfloat16"] = in_bfloat16(TWICE, 1000, "machete")
+
+
 def kernel_unnamed(world: World) -> None:
     """Marlin was forced, and a fallback taken."""
     world.artifact["marlin"] = replace(world.artifact["marlin"], started=Started(1.0, (1,), 1, ("marlin", "awq")))
+
+
+def ran(world: World, **kernels: str) -> None:
+    """Conditions whose logs name other kernels; "" names none."""
+    for name, kernel in kernels.items():
+        started = Started(1.0, (1,), 1, (kernel,) if kernel else ())
+        world.artifact[name] = replace(world.artifact[name], started=started)
 
 
 def high_floor(world: World) -> None:
@@ -247,13 +309,19 @@ def number_of(sample: str) -> int:
 
 
 ONE_WRONG: Said = lambda number: WRONG if number == 3 else RIGHT  # noqa: E731 - a value beside its peers
+MOSTLY_TIES: Said = lambda number: TIE if number % 8 else RIGHT  # noqa: E731
 MANY_TIES: Said = lambda number: TIE if number % 8 > 2 else RIGHT  # noqa: E731
 OFF = disturbed(QUANTIZED, 0.05)  # a layer's scales off
+OFF_ANOTHER_WAY = disturbed(QUANTIZED, 0.05, seed=5)  # than quantizing does
 DIVERGED, SAME, TOKENS = "divergences that are no near tie", "same answers", "tokens compared"
 KL = "KL of {} to {}, of the noise floor"
 ALONE = "KL of prompts alone, of the noise floor"
 FURTHER = "distance to FP16, of what weights and kernel add up to"
 NEARER = "distance to FP16 and kernel, of what the weights make it"
+FLOOR = "noise floor in bfloat16"
+ROUNDED = "KL of bfloat16 to float16, of the reference's"
+FURTHER_ROUNDED = "distance to the reference in bfloat16, of what weights and rounding add up to"
+NEARER_ROUNDED = "distance to the reference in bfloat16, of what the weights make it"
 TWICE = disturbed(LOGPROBS, 0.04)
 HALF = disturbed(LOGPROBS, 0.01)
 
@@ -283,6 +351,15 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
     "several images: short answers": (s.test_several_images, all_short, TOKENS),
     "twice the error": (s.test_kl_against_fp16, conditions("decoded", "graphs", logprobs=TWICE), FURTHER),
     "half the error": (s.test_kl_against_fp16, conditions("decoded", "graphs", logprobs=HALF), NEARER),
+    "bfloat16: a wrong answer": (s.test_answers_in_bfloat16, conditions("bfloat16", said=ONE_WRONG), DIVERGED),
+    "bfloat16: near ties": (s.test_answers_in_bfloat16, conditions("bfloat16", said=MOSTLY_TIES), SAME),
+    "bfloat16: short answers": (s.test_answers_in_bfloat16, all_short, TOKENS),
+    "scales off in bfloat16 alone": (s.test_kl_in_bfloat16, conditions("bfloat16", logprobs=OFF_ANOTHER_WAY), ROUNDED),
+    "a reference off in bfloat16": (s.test_kl_in_bfloat16, reference_runs(bfloat16=disturbed(LOGPROBS, 0.1)), FLOOR),
+    "float16 after all": (s.test_kl_in_bfloat16, float16_after_all, "runs in another type than bfloat16"),
+    "twice the error in bfloat16, too": (s.test_kl_in_bfloat16, twice_the_error, FURTHER_ROUNDED),
+    "an artifact that is its reference": (s.test_kl_in_bfloat16, is_its_reference, NEARER_ROUNDED),
+    "a reference that is the artifact": (s.test_kl_in_bfloat16, with_itself, NEARER_ROUNDED),
     "a floor that excuses": (s.test_kernel_computes_what_is_stored, high_floor, "noise floor"),
     "a kernel off": (
         s.test_kernel_computes_what_is_stored,
@@ -293,6 +370,16 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
     "graphs that answer otherwise": (s.test_graphs_are_eager, conditions("graphs", said=ONE_WRONG), DIVERGED),
     "Marlin off": (s.test_kernels_agree, conditions("marlin", logprobs=OFF), KL.format("marlin", "eager")),
     "a fallback": (s.test_kernels_agree, kernel_unnamed, "kernels other than asked for"),
+    "Marlin everywhere": (
+        s.test_kernels_agree,
+        lambda world: ran(world, eager="marlin", awq="marlin"),
+        "kernels that both sides ran",
+    ),
+    "another side that names no kernel": (
+        s.test_kernels_agree,
+        lambda world: ran(world, eager=""),
+        "kernels that both sides ran",
+    ),
     "alone off": (s.test_alone_is_together, conditions("eager", logprobs=OFF, alone=True), ALONE),
     "alone another answer": (s.test_alone_is_together, conditions("eager", said=ONE_WRONG, alone=True), DIVERGED),
     "two GPUs off": (s.test_tensor_parallel, conditions("parallel", logprobs=OFF), KL.format("parallel", "eager")),
@@ -310,6 +397,51 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
         s.test_bad_requests,
         serves(says=lambda sample, turn, at_once: WRONG if turn == 11 else RIGHT),
         "answers that changed after one",
+    ),
+    "a 500 among two hundred": (
+        s.test_nothing_is_lost,
+        serves(refuses=kind_of(Refusal("bad 7", 500, "boom"))),
+        "bad requests without a clean refusal",
+    ),
+    "streams that never had a word": (
+        s.test_nothing_is_lost,
+        serves(streams=lambda _: HungUp(200, 0, "the stream broke off")),
+        "hang-ups on no stream",
+    ),
+    "one stream refused": (
+        s.test_nothing_is_lost,
+        serves(streams=lambda turn: HungUp(500, 0, "boom") if turn == 30 else HungUp(200, READ, "")),
+        "hang-ups on no stream",
+    ),
+    "answers that were over": (
+        s.test_nothing_is_lost,
+        serves(streams=lambda _: HungUp(200, 6, "ended by stop")),
+        "hang-ups on no stream",
+    ),
+    "a server that computes on": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(hung_up, 0, 2 * READ * hung_up)),
+        "requests still held",
+    ),
+    "requests that wait for ever": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(0, hung_up > 40, 2 * READ * hung_up)),
+        "requests still held",
+    ),
+    "a server that does not tell": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(math.nan, math.nan, 2 * READ * hung_up)),
+        "requests still held",
+    ),
+    "answers computed to their end": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda hung_up: Load(0, 0, LONG * hung_up)),
+        "tokens computed for clients gone, of those they asked for",
+    ),
+    "a count of tokens that stands still": (
+        s.test_nothing_is_lost,
+        serves(keeps=lambda _: Load(0, 0, 7)),
+        "tokens computed for clients gone, of those they asked for",
     ),
     "a leak": (s.test_nothing_is_lost, serves(lost=MIB), "memory lost"),
     "other answers in the end": (
@@ -348,6 +480,7 @@ def test_two_hundred_bad_requests(selection: Selection, monkeypatch: pytest.Monk
     warm_up = 2 * 10
     assert world.server.refused + world.server.hung_up == warm_up + 200
     assert world.server.hung_up == warm_up // 4 + 50
+    assert world.server.kinds[-150:] == [f"bad {number % 10}" for number in range(150)]  # no kind is left out
 
 
 @pytest.mark.parametrize(("own", "used"), [(7, 7), (0, 0), (None, 99)])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,26 +17,46 @@ import pytest
 import torch
 from PIL import Image
 
+from fixtures.adapters import adapter_for
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.core.samples import Sample
 from fixtures.core.targets import Target
-from fixtures.engines import offline, saying
-from fixtures.engines.bad_requests import Refusal, bad_requests, hang_up, lost_bytes, message_of, refused
+from fixtures.engines import kernels, offline, saying
+from fixtures.engines.bad_requests import Refusal, bad_requests, lost_bytes, message_of, refused
 from fixtures.engines.chat import ask, reply_of
 from fixtures.engines.decoded import write_decoded
+from fixtures.engines.hanging_up import (
+    LONG,
+    READ,
+    UNFINISHED,
+    HungUp,
+    Load,
+    hang_up,
+    let_go,
+    load_of,
+    metric,
+    streamed,
+)
 from fixtures.engines.hf import TransformersEngine
 from fixtures.engines.loading import load_processor
 from fixtures.engines.offline import Batch, Recorded
 from fixtures.engines.offline_worker import as_vllm_takes_it, taught
 from fixtures.engines.process import EngineError
+from fixtures.engines.replies import Taught
 from fixtures.engines.requests import audio_url, chat_request, video_url
 from fixtures.engines.server import Server, Serving, start_server
-from fixtures.options import SELECTION
-from fixtures.serving_under_test import applicable, pytest_collection_modifyitems
+from fixtures.engines.vllm_logs import Started
+from fixtures.faults.editing import copied, edit_tensor
+from fixtures.formats import AWQ_GEMM
+from fixtures.meters import nvml
+from fixtures.options import SELECTION, Selection
+from fixtures.serving_under_test import applicable, artifact_recorded, pytest_collection_modifyitems
+from fixtures.subjects import shipped
 from fixtures.subjects.samples import draw
 from suites import test_serving
 from suites.meta import fake_vllm
+from suites.meta.answering import listener
 
 # -- the server ------------------------------------------------------------------------------------------------------
 
@@ -83,10 +104,16 @@ def test_every_bad_request_is_bad_in_one_way(fake: Callable[[str], Server], tiny
     processor, sample = load_processor(tiny_reference), draw("image", "evaluation", 1)[0]
     server = fake("none")
     deaf = bad_requests(server, sample, processor, images=4, hears=False)
-    assert set(deaf) - set(bad_requests(server, sample, processor, images=4, hears=True)) == {
-        "sound to a model without ears"
-    }
+    hearing = bad_requests(server, sample, processor, images=4, hears=True)
+    assert set(deaf) - set(hearing) == {"sound to a model without ears"}
+    assert set(hearing) - set(deaf) == {"image for sound", "sound for an image"}
     assert len(deaf) == 10
+    picture, sound = (hearing[kind]["messages"][0]["content"][0] for kind in ("image for sound", "sound for an image"))
+    assert picture["audio_url"]["url"].startswith("data:image/png;base64,")
+    Image.open(io.BytesIO(_bytes_of(picture["audio_url"]["url"]))).load()  # a good one, in the wrong place
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(_bytes_of(sound["image_url"]["url"]))).load()
+    assert _bytes_of(sound["image_url"]["url"])[:4] == b"RIFF"
     shown = [part["type"] for part in deaf["too many images"]["messages"][0]["content"]]
     assert shown.count("image_url") == 5
     with pytest.raises(OSError):
@@ -98,14 +125,75 @@ def _bytes_of(url: str) -> bytes:
     return base64.b64decode(data + "=" * (-len(data) % 4))
 
 
+GOOD = {"model": "fake", "max_tokens": 8}
+
+
 def test_hanging_up(fake: Callable[[str], Server]) -> None:
-    """A client that hangs up leaves the server serving; a server that does not stream is told."""
+    """A client hangs up on an answer that goes on; the server lets go of it, serves on, and computes no more of it."""
     server = fake("none")
-    assert hang_up(server, {"model": "fake", "max_tokens": 1}) == 0
+    idle = let_go(server)
+    assert idle == Load(0, 0, 0)
+    with streamed(server, {**GOOD, **UNFINISHED}) as found:
+        assert (found, load_of(server).held) == (HungUp(200, READ, ""), 1)
+        assert let_go(server, within=0.2).held == 1  # as long as it is listened to
+    assert hang_up(server, GOOD).mid_stream
+    gone = let_go(server)
+    assert gone.held == 0
+    assert 2 * READ <= gone.generated < LONG
     assert server.alive()
     server._process.close()
     with pytest.raises(EngineError, match="does not stream"):
-        hang_up(server, {"model": "fake", "max_tokens": 1})
+        hang_up(server, GOOD)
+    with pytest.raises(EngineError, match="shows no metrics"):
+        load_of(server)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("answers 500", "500, 0 pieces, {"),
+        ("streams no words", "200, 0 pieces, ended by length"),
+        ("ends by itself", "200, 6 pieces, ended by length"),
+        ("breaks off", "200, 2 pieces, the stream broke off"),
+        ("fails in the stream", "200, 2 pieces, no piece of an answer"),
+        ("accepts anything", "200, 0 pieces, the stream broke off"),
+    ],
+)
+def test_hanging_up_on_nothing_is_seen(fake: Callable[[str], Server], fault: str, found: str) -> None:
+    """An answer that never came, had no words or was over is no stream that a client hung up on."""
+    asked = {**GOOD, "model": "another"} if fault == "accepts anything" else GOOD
+    left = hang_up(fake(fault), asked)
+    assert not left.mid_stream
+    assert str(left).startswith(found)
+
+
+def test_servers_that_go_on_for_nobody_are_seen(fake: Callable[[str], Server]) -> None:
+    """What is computed for clients that are gone stands in its gauges or in its tokens; neither may be missing."""
+    server = fake("computes on")
+    assert hang_up(server, GOOD).mid_stream
+    assert let_go(server, within=0.5).held == 1
+    server = fake("answers on")
+    assert hang_up(server, GOOD).mid_stream
+    assert (gone := let_go(server)).held == 0
+    assert gone.generated == LONG
+    mute = let_go(fake("has no metrics"), within=0.1)
+    assert math.isnan(mute.held)
+    assert math.isnan(mute.generated)
+
+
+def test_metrics_are_read() -> None:
+    """A metric is summed over its labels, found by its whole name, and no number where it is not there or is none."""
+    text = '# HELP a some\na{x="1 2"} 1.5\na{x="3"} 2\na_more 9\nb 1e3\nc{} what\n'
+    assert (metric(text, "a"), metric(text, "b")) == (3.5, 1000.0)
+    assert all(math.isnan(metric(text, name)) for name in ("c", "d", "a_", ""))
+
+
+def test_long_answers_fit(tiny_reference: Checkpoint) -> None:
+    """What is asked for before hanging up fits a shipped model beside the picture that it is asked about."""
+    for reference in (tiny_reference, Checkpoint(shipped("qwen2_5_omni-tiny"))):
+        (prompt,) = offline.prompt_tokens(reference, draw("image", "evaluation", 1), with_answer=False)
+        length = adapter_for(reference).text_config(reference.config)["max_position_embeddings"]
+        assert len(prompt) + LONG <= length
 
 
 def test_replies_of_a_server(fake: Callable[[str], Server], tiny_reference: Checkpoint) -> None:
@@ -292,6 +380,58 @@ def test_decoded_checkpoint(good_artifact: Path, tmp_path: Path) -> None:
     assert test_serving.kl(one, other) < 1e-5
 
 
+TEXTS = 8
+
+
+def in_both_types(checkpoint: Checkpoint) -> dict[str, list[Taught]]:
+    """What a checkpoint says of a few texts in float16, as "eager", and in bfloat16."""
+    types = {"eager": torch.float16, "bfloat16": torch.bfloat16}
+    samples = draw("text", "evaluation", TEXTS)
+    return {name: saying.taught(TransformersEngine(checkpoint, _vl(), dtype), samples) for name, dtype in types.items()}
+
+
+def test_bfloat16_of_real_checkpoints(
+    tiny_reference: Checkpoint, good_artifact: Path, selection: Selection, tmp_path: Path
+) -> None:
+    """A real artifact holds in bfloat16, with transformers for an engine; scales that are off there alone do not.
+
+    Nor does an artifact in its reference's place, or a reference in the artifact's.
+    """
+    good, samples = Checkpoint(good_artifact), draw("text", "evaluation", TEXTS)
+    damaged = copied(good_artifact, tmp_path / "damaged")
+    for name in AWQ_GEMM.quantized(good.tensors):
+        edit_tensor(damaged, f"{name}.scales", lambda scales: scales * 1.1)
+    reference, artifact, off = map(in_both_types, (tiny_reference, good, Checkpoint(damaged)))
+    exactly = {
+        name: saying.taught(TransformersEngine(checkpoint, _vl(), torch.float32), samples)
+        for name, checkpoint in (("reference", tiny_reference), ("artifact", good))
+    }
+
+    def failing(reference: Mapping[str, list[Taught]], artifact: Mapping[str, list[Taught]]) -> list[str]:
+        verify = listener()
+        recorded = [
+            lambda name, said=said: Recorded(Started(1.0, (1,), 1, (), name), {}, {"text-taught": said[name]})
+            for said in (artifact, reference)
+        ]
+        test_serving.test_kl_in_bfloat16(
+            *recorded,
+            "artifact",
+            "reference",
+            None,
+            lambda checkpoint, *_: ([], exactly[checkpoint]),
+            Target("qwen2_5_vl", "tiny", "awq"),
+            "text",
+            selection.limits,
+            verify,
+        )
+        return [m.quantity.partition(",")[0] for m in verify.measurements if m.bound and not m.holds]
+
+    assert failing(reference, artifact) == []
+    assert failing(reference, {**artifact, "bfloat16": off["bfloat16"]}) == ["KL of bfloat16 to float16"]
+    assert failing(reference, reference) == ["distance to the reference in bfloat16"]
+    assert failing(artifact, artifact) == ["distance to the reference in bfloat16"]
+
+
 # -- targets ---------------------------------------------------------------------------------------------------------
 
 
@@ -334,3 +474,30 @@ def test_bitsandbytes_is_not_spread(gpus: int) -> None:
     config: Any = SimpleNamespace(stash={SELECTION: selection}, option=SimpleNamespace(quantizer=["bnb-nf4"]))
     pytest_collection_modifyitems(config, items)
     assert items == ([*kept, *refused] if gpus == 1 else kept)
+
+
+@pytest.mark.parametrize(
+    ("own", "takes", "begun"),
+    [(("machete",), True, 0), (("marlin",), True, 1), (("machete", "marlin"), True, 1), (("marlin",), False, None)],
+)
+def test_machete_is_forced_where_it_was_not_chosen(
+    own: tuple[str, ...], takes: bool, begun: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run by Machete is vLLM's own where it chose that alone; else it is forced, or skipped where it cannot be."""
+    started: list[str] = []
+    known = {name: SimpleNamespace(name=name, checkpoint=None) for name in ("eager", "machete")}
+    runs = SimpleNamespace(
+        recorded=lambda condition: SimpleNamespace(started=SimpleNamespace(kernels=own), name=condition.name),
+        begin=lambda conditions, asked: started.extend(one.name for one in conditions),
+    )
+    subjects = SimpleNamespace(of_artifact=lambda _: known, asked=lambda *_: [])
+    monkeypatch.setattr(nvml, "capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "why_not_machete", lambda *_: "" if takes else "q_proj has 32 inputs")
+    recorded = artifact_recorded.__wrapped__(runs, subjects, None, None)
+    if begun is None:
+        with pytest.raises(pytest.skip.Exception, match="no Machete here: q_proj has 32 inputs"):
+            recorded("machete")
+    else:
+        assert recorded("machete").name == ("machete" if begun else "eager")
+    assert started == ["machete"] * (begun or 0)
+    assert recorded("eager").name == "eager"

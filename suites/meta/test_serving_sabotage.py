@@ -182,9 +182,59 @@ def test_noise_is_the_largest_of_what_moves_without_a_kernel(broken: str | None)
 )
 def test_other_kernels_are_seen(other: Recorded, holds: bool, selection: Selection) -> None:
     """A kernel that was not the one asked for, or computes something else, does not hold."""
-    recorded = {"eager": recording(LOGPROBS), "marlin": other}
+    recorded = {"eager": recording(LOGPROBS, kernels=("machete",)), "marlin": other}
+    recorded["awq"] = recording(LOGPROBS, kernels=("awq",))
     said = said_by(test_serving.test_kernels_agree, selection, artifact_recorded=recorded.__getitem__, kernel="marlin")
     assert held(said) == holds
+
+
+def by_kernels(**conditions: str) -> dict[str, Recorded]:
+    """Recordings under some conditions, and the kernels that each log names."""
+    forced = {"machete": "machete", "marlin": "marlin", "awq": "awq"}
+    return {
+        name: recording(moved(1e-3) if name in forced else LOGPROBS, kernels=tuple(filter(None, ran.split(","))))
+        for name, ran in {**forced, **conditions}.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "own", "against"),
+    [
+        ("marlin", "machete", "eager"),
+        ("awq", "machete", "eager"),
+        ("machete", "machete", "marlin"),
+        ("marlin", "marlin", "awq"),  # as on every card but Hopper: Marlin beside Marlin says nothing
+        ("awq", "marlin", "eager"),
+        ("machete", "marlin", "eager"),
+        ("marlin", "machete,marlin", "awq"),  # by some linears both ran Marlin
+        ("awq", "awq", "marlin"),
+        ("marlin", "NewestLinearKernel", "eager"),
+    ],
+)
+def test_a_kernel_is_held_against_another(kernel: str, own: str, against: str, selection: Selection) -> None:
+    """Whatever vLLM's own choice is, both sides of the comparison ran kernels that the other did not; all is told."""
+    recorded = by_kernels(eager=own)
+    check = test_serving.test_kernels_agree
+    said = said_by(check, selection, artifact_recorded=recorded.__getitem__, kernel=kernel)
+    assert held(said)
+    assert said.measurements[-1].quantity == f"KL of {kernel} to {against}, of the noise floor"
+    (table,) = said.tables
+    ran = ", ".join(recorded[against].started.kernels)
+    assert table.rows == ((kernel, kernel), (against, ran))
+    # the kernel is off, and so is the own choice wherever that ran it: one beside itself would agree
+    off = [kernel] + ["eager"] * (kernel in recorded["eager"].started.kernels)
+    damaged = {name: replace(recording(moved(0.05)), started=recorded[name].started) for name in off}
+    assert not held(said_by(check, selection, artifact_recorded={**recorded, **damaged}.__getitem__, kernel=kernel))
+
+
+@pytest.mark.parametrize("kernel", ["machete", "marlin", "awq"])
+@pytest.mark.parametrize("named", [True, False])
+def test_one_kernel_on_both_sides_is_seen(kernel: str, named: bool, selection: Selection) -> None:
+    """Where every condition ran one kernel, or the other side names none, nothing was compared: it does not hold."""
+    ran = kernel if named else ""
+    recorded = by_kernels(**{**dict.fromkeys(("eager", "marlin", "awq", "machete"), ran), kernel: kernel})
+    said = said_by(test_serving.test_kernels_agree, selection, artifact_recorded=recorded.__getitem__, kernel=kernel)
+    assert [m.quantity for m in said.measurements if m.bound and not m.holds] == ["kernels that both sides ran"]
 
 
 @pytest.mark.parametrize(

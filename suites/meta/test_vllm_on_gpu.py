@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.engines import conditions, offline
 from fixtures.engines.decoded import write_decoded
+from fixtures.engines.hanging_up import LET_GO, LONG, READ, UNFINISHED, let_go, load_of, streamed
+from fixtures.engines.loading import load_processor
 from fixtures.engines.offline import Batch, Recorded
 from fixtures.engines.process import EngineError
+from fixtures.engines.requests import chat_request
 from fixtures.engines.server import start_server
 from fixtures.faults.awq_codes import all_scales_off
 from fixtures.faults.editing import copied, edit_json
@@ -78,6 +82,20 @@ def test_impossible_config_is_told(good_artifact: Path, tmp_path: Path) -> None:
             Checkpoint(artifact), PLAIN, [Batch("text", tuple(draw("text", "evaluation", 1)))], tmp_path / "log"
         )
     assert len(str(caught.value).splitlines()) < 10
+
+
+def test_those_who_left_are_told_from_those_who_stay(good_artifact: Path, tmp_path: Path) -> None:
+    """VLLM's own count has an answer as long as its client stays, longer than a check waits, and not once it left."""
+    sample, artifact = draw("image", "evaluation", 1)[0], Checkpoint(good_artifact)
+    with start_server(artifact, PLAIN, tmp_path) as server:
+        good = chat_request(server.model, sample, load_processor(artifact), max_tokens=8)
+        idle = let_go(server)
+        with streamed(server, {**good, **UNFINISHED}) as found:
+            time.sleep(LET_GO)
+            assert (found.mid_stream, load_of(server).held) == (True, 1)
+        gone = let_go(server)
+        assert (idle.held, gone.held) == (0, 0)
+        assert READ <= gone.generated - idle.generated < LONG
 
 
 def test_server_gives_its_memory_back(good_artifact: Path, tmp_path: Path) -> None:

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.adapters import ADAPTERS
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
 from fixtures.engines import conditions, ports, process
-from fixtures.engines.kernels import force, identified
+from fixtures.engines.kernels import force, identified, why_not_machete
 from fixtures.engines.process import EngineError
 from fixtures.engines.refusals import likely_causes
 from fixtures.engines.server import Server, Serving, arguments, config_overrides, post, start_server
 from fixtures.engines.servers import Servers
 from fixtures.engines.vllm_logs import read_start, stage, telling_lines
-from fixtures.faults.editing import copied
+from fixtures.faults.editing import copied, edit_json
 from fixtures.faults.serving import in_memory_names
+from fixtures.formats import AWQ_GEMM
 from fixtures.subjects.published import published_config
 from suites.meta import fake_vllm
 
@@ -278,6 +280,13 @@ def test_kernels_are_named(log: str, kernels: tuple[str, ...]) -> None:
     assert identified(log) == kernels
 
 
+def test_the_type_of_a_run_is_named() -> None:
+    """A log says in which type activations are computed; one that does not is taken for none."""
+    assert read_start(fake_vllm.LOG, 1.0).dtype == "float16"
+    assert read_start(fake_vllm.LOG.replace("torch.float16", "torch.bfloat16"), 1.0).dtype == "bfloat16"
+    assert read_start("dtype=auto, kv_cache_dtype=torch.fp8", 1.0).dtype == ""
+
+
 def test_start_is_followed() -> None:
     """A start's stages are told from the log so far, and a log without figures gives zeros."""
     lines = fake_vllm.LOG.splitlines(keepends=True)
@@ -326,12 +335,45 @@ def test_impossible_kernels_are_refused(tiny_reference: Checkpoint, good_artifac
         force("awq", artifact, "bfloat16")
 
 
+def test_where_machete_must_run(good_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machete must run the shipped shapes on Hopper; other cards, groups and sizes excuse it, not what is unserved."""
+    artifact, hopper = Checkpoint(good_artifact), (9, 0)
+    assert why_not_machete(artifact, hopper) == ""
+    for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        assert why_not_machete(artifact, other).endswith("capability 9.0, this one's is {}.{}".format(*other))
+    linear = "model.layers.0.mlp.gate_proj"
+    for shape, refused in {(512, 256): False, (512, 320): False, (512, 288): True, (448, 256): True}.items():
+        monkeypatch.setattr(AWQ_GEMM, "shape", lambda _, name, s=shape: s if name == linear else (512, 256))
+        said = f"{linear} has {shape[1]} inputs, {shape[0]} outputs, groups of 128"
+        assert why_not_machete(artifact, hopper) == (said if refused else "")
+    monkeypatch.setattr(AWQ_GEMM, "shape", lambda _, name: (64, 64) if name == linear else (512, 256))
+    monkeypatch.setattr(ADAPTERS["qwen2_5_vl"], "engine_name", lambda name: "" if name == linear else name)
+    assert why_not_machete(artifact, hopper) == ""
+    monkeypatch.undo()
+    finer = copied(good_artifact, tmp_path / "finer")
+    edit_json(finer, "config.json", lambda config: config["quantization_config"].update(group_size=32))
+    assert why_not_machete(Checkpoint(finer), hopper).endswith("groups of 32")
+
+
 def test_positions_of_video_are_overridden() -> None:
     """Where vLLM would read other positions per second than transformers, it is told; published sizes need nothing."""
     assert config_overrides(published_config("qwen2_5_omni-3b")) == {}
     assert config_overrides(published_config("qwen2_5_vl-3b")) == {}
     odd = {"thinker_config": {"position_id_per_seconds": 1, "vision_config": {}}}
     assert config_overrides(odd) == {"thinker_config": {"vision_config": {"tokens_per_second": 1}}}
+
+
+def test_conditions_are_apart(tiny_reference: Checkpoint, good_artifact: Path) -> None:
+    """Every condition is a run of its own: another kernel, graphs or type; all but one are in float16."""
+    adapter, artifact = ADAPTERS["qwen2_5_vl"], Checkpoint(good_artifact)
+    of_reference = conditions.of_reference(tiny_reference, adapter, 1)
+    of_artifact = conditions.of_artifact(artifact, tiny_reference, adapter, 1, conditions.KERNELS)
+    assert list(of_reference) == ["eager", "graphs", "bfloat16"]
+    assert list(of_artifact) == ["eager", "graphs", "bfloat16", *conditions.KERNELS, "decoded"]
+    for found in (of_reference, of_artifact):
+        assert len({condition.key for condition in found.values()}) == len(found)
+        assert [name for name, one in found.items() if one.serving.dtype != "float16"] == ["bfloat16"]
+        assert found["bfloat16"].serving == replace(found["eager"].serving, dtype="bfloat16")
 
 
 def test_conditions_are_run_once(tiny_reference: Checkpoint, tmp_path: Path) -> None:
