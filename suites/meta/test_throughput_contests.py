@@ -16,6 +16,9 @@ from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.core.targets import Target
 from fixtures.meters import rounds
 from fixtures.meters.regimes import SINGLE_STREAM, Regime
+from fixtures.meters.settings import SETTINGS, Setting
+from fixtures.options import SELECTION
+from fixtures.serving_under_test import pytest_collection_modifyitems
 from fixtures.throughput_under_test import Contest, conditions
 from suites import test_throughput
 from suites.meta.scripted import Answer, chunk, ending, serving, whole
@@ -109,6 +112,39 @@ def test_contest_takes_turns_and_keeps_failures() -> None:
     assert contest.arrivals("marlin").conditions == ("one_by_one", "together")
     contest.close()
     assert servers.running == [(compared[0].checkpoint, compared[0].serving(pictures=False))]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_settings_have_servers_of_their_own(setting: Setting) -> None:
+    """Under a setting every condition has a server with its flags, which ends; as vLLM starts, those that are there."""
+    servers = NoServers()
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
+    contest = Contest(compared, servers, 1000, None)  # type: ignore[arg-type]
+    contest.start(text=True, pictures=True)
+    text = [(one.checkpoint, one.serving(pictures=False)) for one in compared]
+    with contest.under(setting) as under:
+        under.start(text=True, pictures=False)
+        own = [serving for checkpoint, serving in servers.running if (checkpoint, serving) not in text]
+        assert under.names == contest.names
+        if setting.flags:
+            assert [serving.more[-len(setting.flags) :] for serving in own] == [setting.flags] * 2
+        else:
+            assert under is contest
+    assert [one for one in servers.running if not one[1].media] == text
+    assert len({setting.flags for setting in SETTINGS}) == len(SETTINGS)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_settings_are_measured_where_asked_for(asked: bool) -> None:
+    """Minutes of other settings are collected with --every-setting alone."""
+    marked: Any = SimpleNamespace(get_closest_marker=lambda name: name == "every_setting" or None)
+    config: Any = SimpleNamespace(
+        stash={SELECTION: SimpleNamespace(tensor_parallel=1)},
+        option=SimpleNamespace(quantizer=None, every_setting=asked),
+    )
+    items = [marked]
+    pytest_collection_modifyitems(config, items)
+    assert items == [marked] * asked
 
 
 @pytest.mark.parametrize("cards", [1, 2])

@@ -116,9 +116,9 @@ PLANTED: list[tuple[Callable[..., None], Recorded, set[str]]] = [
     ),
     (test_throughput.test_concurrent_serving, arrivals((3e-3, 30e-3), 0), {min(APART)}),
     (test_throughput.test_concurrent_serving, arrivals((3e-3, 1e-3), 33e-3), {max(APART)}),
-    *((test_throughput.test_settings, fault(good()), {quantity}) for quantity, fault in SOUND),
-    (test_throughput.test_settings, ANOTHER_KERNEL, {"conditions on another kernel"}),
-    (test_throughput.test_settings, steps(**SLOW), {"throughput low_latency, of FP16's, lower end"}),
+    *((test_throughput.test_vllm_settings, fault(good()), {quantity}) for quantity, fault in SOUND),
+    (test_throughput.test_vllm_settings, ANOTHER_KERNEL, {"conditions on another kernel"}),
+    (test_throughput.test_vllm_settings, steps(**SLOW), {"throughput low_latency, of FP16's, lower end"}),
     *((test_throughput.test_scaling, fault(SCALED_GOOD), {quantity}) for quantity, fault in SOUND if fault is not lost),
     # what a kernel loses on two leaves it no ratio
     (test_throughput.test_scaling, lost(SCALED_GOOD), {SOUND[1][0], ON_TWO.format("marlin")}),
