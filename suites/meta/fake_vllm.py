@@ -13,7 +13,10 @@ import sys
 import time
 from typing import Any
 
-FAULTS = ("none", "dies", "hangs", "stubborn", "answers 500", "accepts anything", "dies when asked")
+FAULTS = (
+    "none", "dies", "hangs", "stubborn", "answers 500", "accepts anything", "dies when asked",
+    "is short of memory", "is short of memory when asked",
+)  # fmt: skip
 STREAMS = (
     "streams no words",
     "ends by itself",
@@ -43,6 +46,11 @@ FAILURE = """\
 (APIServer pid=11)   File "api_server.py", line 2, in run_server
 (APIServer pid=11) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
+SHORT = """\
+(EngineCore pid=12) ERROR 11-22 21:00:04 [core.py:1200] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate \
+20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.20 GiB is free.
+(APIServer pid=11) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -69,8 +77,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Handler.asked += 1
         if self.fault == "answers 500":
             return self.answer(500, b'{"error": {"message": "boom"}}')
-        if self.fault == "dies when asked":
-            sys.stdout.write(FAILURE)
+        if self.fault.endswith("when asked"):
+            sys.stdout.write(FAILURE if self.fault == "dies when asked" else SHORT)
             sys.stdout.flush()
             import os
 
@@ -134,8 +142,8 @@ def main(arguments: list[str]) -> int:
     """Serve until ended."""
     fault, flags = arguments[0], arguments[1:]
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # the engine core
-    if fault == "dies":
-        print(FAILURE, flush=True)
+    if fault in ("dies", "is short of memory"):
+        print(FAILURE if fault == "dies" else SHORT, flush=True)
         return 1
     if fault == "stubborn":
         import signal

@@ -19,7 +19,7 @@ from fixtures.engines.loading import load_by_transformers, load_model
 from fixtures.faults.editing import copied, edit_tensor
 from fixtures.meters import ledger as command
 from fixtures.meters.census import tensors_of
-from fixtures.meters.fitting import by_precision, would_fit
+from fixtures.meters.fitting import Room, by_precision, would_fit
 from fixtures.meters.held import Held, Ledger, in_vllm, kv_per_token, of_checkpoint, rounding
 from fixtures.meters.vram import loading_dtype
 from fixtures.options import Selection
@@ -228,11 +228,23 @@ def test_what_would_fit() -> None:
     sizes = by_precision(adapter, config)
     assert next(iter(sizes)) == "16 bits"
     assert len(set(sizes.values())) == len(sizes)
-    said = would_fit(adapter, config, 8 << 30)
+    said = would_fit(adapter, config, Room(8 << 30))
+    assert said.startswith("with 8.0 GiB free, 1 GiB of it for context and activations, fits: ")
     assert "this one in rtn (6.4 GiB)" in said
     assert "this one in 16 bits" not in said
     assert "qwen2_5_vl-3b in 16 bits (7.0 GiB)" in said
-    assert "nothing of this family" in would_fit(adapter, config, 1 << 30)
+    assert "nothing of this family" in would_fit(adapter, config, Room(1 << 30))
+
+
+def test_what_would_fit_on_several() -> None:
+    """GPUs that share a model hold a part of it each: of two with 9 GiB each, 16 bits fit that one cannot hold."""
+    adapter, config = ADAPTERS["qwen2_5_vl"], published_config("qwen2_5_vl-7b")
+    said = would_fit(adapter, config, Room(9 << 30, "free", 2))
+    assert said.startswith("with 9.0 GiB free on each of 2 GPUs, ")
+    assert "this one in 16 bits (7.7 GiB), this one in rtn (3.2 GiB), " in said
+    assert "bnb" not in said, "vLLM refuses to share them"
+    assert "bnb" in would_fit(adapter, config, Room(9 << 30))
+    assert "this one in 16 bits" not in would_fit(adapter, config, Room(9 << 30))
 
 
 # -- packed weights ----------------------------------------------------------------------------------------------------

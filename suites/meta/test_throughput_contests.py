@@ -14,6 +14,7 @@ from fixtures.adapters import ADAPTERS
 from fixtures.core.errors import UserError
 from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.core.targets import Target
+from fixtures.engines.process import EngineError
 from fixtures.meters import rounds
 from fixtures.meters.regimes import SINGLE_STREAM, Regime
 from fixtures.meters.settings import SETTINGS, Setting
@@ -69,7 +70,8 @@ def test_servers_cache_nothing() -> None:
 class NoServers:
     """Servers that never answer, and a note of what was wanted of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, alive: bool = True) -> None:
+        self.alive = alive
         self.running: list[Any] = []
         self.kernels: dict[str, tuple[str, ...]] = {}
 
@@ -81,6 +83,8 @@ class NoServers:
                 url="http://127.0.0.1:9/v1",
                 model="nobody",
                 pids=frozenset,
+                alive=lambda: self.alive,
+                why_dead=lambda: "  | CUDA out of memory",
                 started=SimpleNamespace(kernels=(serving.kernel or "fp16",)),
             )
             for _, serving in wanted
@@ -92,7 +96,7 @@ class NoServers:
 
 
 def test_contest_takes_turns_and_keeps_failures() -> None:
-    """All conditions run every round, warm-up first, each regime once; servers that are gone fail every request."""
+    """All conditions run every round, warm-up first, each regime once; servers that are deaf fail every request."""
     pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
     servers = NoServers()
     compared = conditions(quantized(None), quantized("awq"), "", hopper=True)
@@ -112,6 +116,15 @@ def test_contest_takes_turns_and_keeps_failures() -> None:
     assert contest.arrivals("marlin").conditions == ("one_by_one", "together")
     contest.close()
     assert servers.running == [(compared[0].checkpoint, compared[0].serving(pictures=False))]
+
+
+def test_a_server_that_ends_under_load_says_why() -> None:
+    """A load that a server did not outlive is no measurement: its log says why, not every request that it broke off."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    compared = conditions(quantized(None), quantized("awq"), "", hopper=True)
+    contest = Contest(compared, NoServers(alive=False), 1000, None)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=r"ended under the load single_stream on marlin\n  \| CUDA out of memory"):
+        contest(SINGLE_STREAM)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
