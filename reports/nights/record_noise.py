@@ -1,7 +1,8 @@
 """Noise as runs recorded it, into ``noise.json``: ``python -m reports.nights.record_noise RESULTS.json ...``.
 
 The simulation draws from that file. Give it repeats of one thing on one machine, oldest first, and the error rates that
-it prints are those of your machine: ``python -m reports.nights.simulation --noise FILE``.
+it prints are those of your machine: ``python -m reports.nights.simulation --noise FILE``. With ``--intervals`` alone
+the repeats stay those that are in the file.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ TIMED = ("ms", "s", "GB/s", "tokens/s", "requests/s")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--how", required=True, help="what was run, and beside what")
+    parser.add_argument("results", nargs="*", type=Path, help="repeats; none: those of the output stay")
+    parser.add_argument("--how", default="", help="what was repeated, and beside what")
     parser.add_argument("--intervals", nargs="*", type=Path, default=[], help="runs whose tables of throughput to read")
     parser.add_argument("-o", "--output", type=Path, required=True)
     asked = parser.parse_args(arguments)
-    runs = [store.load(file) for file in asked.results]
-    found = {"repeats": repeats(runs, asked.how), "intervals": [r for f in asked.intervals for r in intervals(f)]}
+    if bool(asked.results) != bool(asked.how):
+        parser.error("--how says what RESULTS are repeats of: give both, or neither")
+    if asked.results:
+        repeated = repeats([store.load(file) for file in asked.results], asked.how)
+    else:
+        try:
+            repeated = json.loads(asked.output.read_text(encoding="utf-8"))["repeats"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{asked.output} has no repeats to keep ({error}): give RESULTS")
+    found = {"repeats": repeated, "intervals": [r for f in asked.intervals for r in intervals(f)]}
     store.write(asked.output, json.dumps(found, indent=1) + "\n")
 
 

@@ -138,7 +138,9 @@ def test_recorded_noise_has_a_provenance() -> None:
     assert kept["repeats"]["versions"]["torch"]
     assert min(len(values) for values in kept["repeats"]["series"].values()) >= 40
     shipped = Path(record_noise.__file__).parents[1] / "measured"
-    assert kept["intervals"] == [row for file in sorted(shipped.glob("*.json")) for row in record_noise.intervals(file)]
+    intervals = [row for file in sorted(shipped.glob("*.json")) for row in record_noise.intervals(file)]
+    files = "reports/measured/*.json -o reports/nights/noise.json"
+    assert kept["intervals"] == intervals, f"python -m reports.nights.record_noise --intervals {files}"
 
 
 def test_drawn_noise_is_the_recorded_one() -> None:
@@ -166,6 +168,29 @@ def test_recording(tmp_path: Path) -> None:
     record_noise.main([*files, "--how", "by hand", "-o", str(tmp_path / "noise.json")])
     kept: dict[str, Any] = json.loads((tmp_path / "noise.json").read_text())
     assert kept["repeats"]["series"] == {"test_a cpu: median time, ms": [0.0, 9.53, -10.54]}
+    assert kept["intervals"] == []
+
+
+def test_intervals_are_recorded_beside_repeats_that_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More runs' intervals can be read without the repeats' own runs; where there are no repeats a line says so."""
+    table = Table("Throughput", ("regime", "kernel", "low", "high"), (("alone", "marlin", 0.9, 1.1),))
+    result = Result("suites/test_t.py::test_t[alone]", "passed", "", tables=(table,))
+    run, output = tmp_path / "run.json", tmp_path / "noise.json"
+    store.save(Run({}, [result]), run)
+    record = ["--intervals", str(run), "-o", str(output)]
+    for wrong, told in ((record, "no repeats to keep"), ([str(run), *record], "--how says what RESULTS are")):
+        with pytest.raises(SystemExit):
+            record_noise.main(wrong)
+        assert told in capsys.readouterr().err
+        assert not output.exists()
+    output.write_text("[")
+    with pytest.raises(SystemExit):
+        record_noise.main(record)
+    output.write_text('{"repeats": {"how": "by hand"}, "intervals": []}')
+    record_noise.main(record)
+    kept = json.loads(output.read_text())
+    assert kept["repeats"] == {"how": "by hand"}
+    assert [row["high"] for row in kept["intervals"]] == [1.1]
 
 
 def test_intervals_of_more_rounds_tell_of_the_same_noise(tmp_path: Path) -> None:
