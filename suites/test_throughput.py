@@ -183,8 +183,12 @@ def by_bytes_alone(recorded: Recorded, condition: str, lines: Mapping[str, Roofl
         return None
     streamed = recorded.typical(recorded.base, ITL)
     together = recorded.regime.concurrency / recorded.typical(recorded.base, rounds.tokens_per_second)
-    step = together if math.isnan(streamed) else streamed
-    spared = lines[recorded.base].seconds - lines[condition].seconds
+    return of_fewer_bytes(together if math.isnan(streamed) else streamed, lines[recorded.base], lines[condition])
+
+
+def of_fewer_bytes(step: float, base: Roofline, other: Roofline) -> float | None:
+    """How many times as fast as a ``step`` of the base's one would be that reads the other's bytes; None: unknown."""
+    spared = base.seconds - other.seconds
     return step / (step - spared) if step > spared else None
 
 
@@ -283,10 +287,9 @@ def bounded(recorded: Recorded, lines: Mapping[str, Roofline], most: float, veri
         )
     base = recorded.base
     for condition in recorded.others:
-        spared = lines[base].seconds - lines[condition].seconds
         verify.note(
             f"throughput by {condition}, of FP16's, were reading fewer bytes all that changed",
-            steps[base] / (steps[base] - spared) if steps[base] > spared else None,
+            of_fewer_bytes(steps[base], lines[base], lines[condition]),
             detail=f"measured {steps[base] / steps[condition]:.2f}: the rest goes into decoding weights and launches",
         )
     verify.table(
