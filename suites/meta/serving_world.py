@@ -187,6 +187,8 @@ def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.
         "adapter": SimpleNamespace(modalities=("text",)),
         "exact": Exact(),
         "noise": lambda _: world.floor,
+        "floor": lambda _: world.floor,
+        "most_of_kernels": selection.limits("serving.of_kernels", "awq"),
         "modality": "text",
         "kernel": "marlin",
         "target": Target("qwen2_5_vl", "tiny", "awq"),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fixtures.chosen import Selection
-from fixtures.core.targets import Target
 from fixtures.engines.offline import Recorded
 from fixtures.engines.replies import Reply, Taught, compare, paired
 from fixtures.engines.vllm_logs import Started
@@ -105,8 +104,9 @@ def recording(
 def said_by(check: Callable[..., None], selection: Selection, **given: Any) -> Verify:
     """What a check of the suite says of recordings."""
     verify = listener()
-    target = Target("qwen2_5_vl", "tiny", "awq")
-    known = {"limits": selection.limits, "modality": "text", "noise": lambda _: NOISE, "target": target}
+    floor = given.pop("floor", lambda _: NOISE)
+    most = selection.limits("serving.of_kernels", "awq")
+    known = {"limits": selection.limits, "modality": "text", "noise": floor, "floor": floor, "most_of_kernels": most}
     available = {"verify": verify, **known, **given}
     check(**{name: available[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
     return verify
@@ -141,7 +141,7 @@ def test_a_floor_that_excuses_anything_is_seen(floor: float, holds: bool, select
     """A noise floor that is high, no number or nothing does not hold: all would be within it."""
     recorded = {"decoded": recording(LOGPROBS), "eager": recording(moved(1e-3))}
     check = test_serving.test_kernel_computes_what_is_stored
-    said = said_by(check, selection, artifact_recorded=recorded.__getitem__, noise=lambda _: floor)
+    said = said_by(check, selection, artifact_recorded=recorded.__getitem__, floor=lambda _: floor)
     assert held(said) == holds
 
 
