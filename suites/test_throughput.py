@@ -80,11 +80,18 @@ def test_step(contest: Contest, target: Target, limits: Limits, verify: Verify) 
 
 @pytest.mark.every_setting
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_vllm_settings(contest: Contest, target: Target, setting: Setting, limits: Limits, verify: Verify) -> None:
+def test_vllm_settings(
+    contest: Contest,
+    target: Target,
+    setting: Setting,
+    settings_asked: Sequence[Setting],
+    limits: Limits,
+    verify: Verify,
+) -> None:
     """However vLLM compiles, replays and schedules a step, one stream has the share of FP16's speed that is stated."""
     least = limits("throughput.settings", contest.weights_of(target), target.quantizer, setting.name)
     speed = rounds.tokens_per_second
-    with contest.under(setting) as under:
+    with contest.under(setting, settings_asked) as under:
         recorded = under(SINGLE_STREAM, lambda found: found.ratio(found.best(speed), speed).beside(least))
 
     sound(recorded, contest.expected, limits, verify)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,7 +104,7 @@ def contest_of(what: Recorded) -> Any:
             return what
 
         @contextmanager
-        def under(self, setting: Setting) -> Iterator[Any]:
+        def under(self, setting: Setting, asked: Sequence[Setting] = ()) -> Iterator[Any]:
             yield self
 
         def arrivals(self, name: str) -> Recorded:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from fixtures import throughput_under_test
-from fixtures.adapters import ADAPTERS
 from fixtures.core.errors import UserError
 from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.core.targets import Target
@@ -127,24 +126,106 @@ def test_a_server_that_ends_under_load_says_why() -> None:
         contest(SINGLE_STREAM)
 
 
+def card_with(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first card of which so many bytes are free."""
+    monkeypatch.setattr(throughput_under_test.nvml, "card", lambda index=0: SimpleNamespace(free=free))
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_settings_have_servers_of_their_own(setting: Setting) -> None:
+def test_settings_have_servers_of_their_own(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a setting every condition has a server with its flags, which ends; as vLLM starts, those that are there."""
+    card_with(0, monkeypatch)
     servers = NoServers()
     compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
     contest = Contest(compared, servers, 1000, None)  # type: ignore[arg-type]
     contest.start(text=True, pictures=True)
     text = [(one.checkpoint, one.serving(pictures=False)) for one in compared]
-    with contest.under(setting) as under:
-        under.start(text=True, pictures=False)
+    with contest.under(setting, SETTINGS) as under:
         own = [serving for checkpoint, serving in servers.running if (checkpoint, serving) not in text]
         assert under.names == contest.names
         if setting.flags:
-            assert [serving.more[-len(setting.flags) :] for serving in own] == [setting.flags] * 2
+            assert [serving.more[-len(setting.flags) :] for serving in own] == [setting.flags] * 2, "and no other's"
+            before = list(servers.running)
+            under.start(text=True, pictures=False)
+            assert servers.running == before, "those are the ones that it asks"
         else:
             assert under is contest
     assert [one for one in servers.running if not one[1].media] == text
     assert len({setting.flags for setting in SETTINGS}) == len(SETTINGS)
+
+
+@pytest.mark.parametrize(("room", "at_once"), [(0, 1), (2, 2), (2.9, 2), (3, 3), (9, 5)])
+def test_servers_of_settings_start_together(room: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of settings to come start beside those of the first, as many as there is room for; each is asked once."""
+    taken = 2 * (5 + 1 + 2) << 30  # weights, KV cache, what is beside them, of two conditions
+    card_with(int(room * taken), monkeypatch)
+    starts: list[int] = []
+
+    class Counting(NoServers):
+        def several(self, wanted: list[Any]) -> list[Any]:
+            before = len(self.running)
+            found = super().several(wanted)
+            starts.append(len(self.running) - before)
+            return found
+
+    servers = Counting()
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
+    contest = Contest(compared, servers, 1000, None, weights=lambda _: 5 << 30)  # type: ignore[arg-type]
+    contest.start(text=True, pictures=True)
+    with contest.under(SETTINGS[1], SETTINGS):
+        assert starts[-1] == 2 * at_once
+    for number, setting in enumerate(SETTINGS[2:], 1):
+        begun = sum(starts)
+        with contest.under(setting, SETTINGS):
+            assert (sum(starts) == begun) == (number % at_once != 0), "started when their turn comes, or before"
+    assert sum(starts) == 4 + 2 * 5
+    assert len(servers.running) == 2
+
+
+def test_servers_of_settings_that_never_came_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run stops before their turn, servers that were started for settings end with the contest."""
+    card_with(1 << 50, monkeypatch)
+    servers = NoServers()
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
+    contest = Contest(compared, servers, 1000, None)  # type: ignore[arg-type]
+    with contest.under(SETTINGS[1], SETTINGS):
+        assert len(servers.running) == 2 * 5
+    contest.close()
+    assert servers.running == []
+
+
+def test_a_setting_that_does_not_start_fails_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one setting's servers do not start, those before it are measured."""
+    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+    card_with(1 << 50, monkeypatch)
+
+    class Picky(NoServers):
+        def several(self, wanted: list[Any]) -> list[Any]:
+            if any("--enforce-eager" in serving.more for _, serving in wanted):
+                raise EngineError("it does not start eagerly")
+            return super().several(wanted)
+
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
+    contest = Contest(compared, Picky(), 1000, None)  # type: ignore[arg-type]
+    few = Regime("few", 5, 3, 2, 4)
+    for setting in SETTINGS:
+        with contest.under(setting, SETTINGS) as under:
+            if setting.name == "eager":
+                with pytest.raises(EngineError, match="does not start eagerly"):
+                    under(few)
+            else:
+                assert under(few).fewest_rounds == rounds.COUNTED
+
+
+@pytest.mark.parametrize("chosen", [[], ["eager"], ["scheduled_in_step", "as_started"]])
+def test_settings_asked(chosen: list[str]) -> None:
+    """The settings of a run are those that its tests have, each once, in their order."""
+    by_name = {setting.name: setting for setting in SETTINGS}
+    params: list[Any] = [{"setting": by_name[name], "target": of} for of in ("rtn", "nf4") for name in chosen]
+    tests = [SimpleNamespace(callspec=SimpleNamespace(params=one)) for one in [{"regime": SINGLE_STREAM}, *params]]
+    request: Any = SimpleNamespace(session=SimpleNamespace(items=[SimpleNamespace(), *tests]))
+    found = throughput_under_test.settings_asked.__wrapped__(request)
+    assert [setting.name for setting in found] == chosen
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -191,13 +272,11 @@ def test_nobody_spins_beside_a_round(cards: int, monkeypatch: pytest.MonkeyPatch
 
 def scaling(servers: NoServers, monkeypatch: pytest.MonkeyPatch, free: int = 80 << 30, **more: Any) -> Any:
     """A contest over two GPUs whose servers run, and what ``one_and_all`` makes of it where so much memory is free."""
-    card = SimpleNamespace(free=free)
-    monkeypatch.setattr(throughput_under_test.nvml, "card", lambda index=0: card)
-    monkeypatch.setattr(throughput_under_test, "in_vllm", lambda *_: SimpleNamespace(total=7 << 30))
+    card_with(free, monkeypatch)
     compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True, tensor_parallel=2)
-    contest = Contest(compared, servers, 1000, more.pop("pool", None), **more)  # type: ignore[arg-type]
+    contest = Contest(compared, servers, 1000, more.pop("pool", None), weights=lambda _: 7 << 30, **more)  # type: ignore[arg-type]
     contest.start(text=True, pictures=True)
-    return throughput_under_test.one_and_all(contest, ADAPTERS["qwen2_5_vl"])
+    return throughput_under_test.one_and_all(contest)
 
 
 def test_on_one_gpu_and_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,14 +314,14 @@ def test_large_loads_are_shared_on_one_and_all(monkeypatch: pytest.MonkeyPatch) 
 
 def test_scaling_wants_room_on_the_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first card has no room for servers on one GPU, scaling is skipped, saying how much it would take."""
-    needed = 2 * (7 + 6 + 1) << 30
+    needed = 2 * (7 + 6 + 2) << 30
     with pytest.raises(pytest.skip.Exception) as skipped:
         next(scaling(NoServers(), monkeypatch, free=needed - 1))
     try:
         assert next(scaling(NoServers(), monkeypatch, free=needed))
     except pytest.skip.Exception:
         pytest.fail("skipped although there is room")
-    assert "on one GPU fp16, marlin need 28.0 GiB beside what is there, and 28.0 are free" in str(skipped.value)
+    assert "on one GPU fp16, marlin need 30.0 GiB beside what is there, and 30.0 are free" in str(skipped.value)
 
 
 def test_undecided_rounds_are_followed_by_more() -> None:
