@@ -399,6 +399,55 @@ def test_conditions_are_run_once(tiny_reference: Checkpoint, tmp_path: Path) -> 
     runs.close()
 
 
+def test_interrupted_starts_end_at_once(
+    tiny_reference: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while servers start ends them, and none that was to come begins: their ten minutes are not waited for."""
+    module = (sys.executable, str(FAKE), "hangs")
+    ended: list[str] = []
+
+    def begin(checkpoint: Checkpoint, serving: Serving, folder: Path, progress: object) -> Server:
+        try:
+            return start_server(checkpoint, serving, folder, module=module, within=120)
+        except EngineError as error:
+            ended.append(str(error))
+            raise
+
+    def interrupted(begun: object, timeout: float) -> None:
+        while len(list(tmp_path.glob("*/vllm.log"))) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fixtures.engines.servers.at_once", lambda: 2)
+    monkeypatch.setattr("fixtures.engines.servers.wait", interrupted)
+    servers = Servers(tmp_path, start=begin)
+    with pytest.raises(KeyboardInterrupt):
+        servers.several([(tiny_reference, Serving(kv_bytes=number)) for number in range(1, 5)])
+    assert len(ended) == 2
+    assert all("it ended with code" in why for why in ended), "not: not ready after 120 s"
+    assert not list(process._RUNNING)
+
+
+def test_runs_that_nobody_asks_for_end(tiny_reference: Checkpoint, tmp_path: Path) -> None:
+    """A run of vLLM that goes on as all is over, after Ctrl-C or a failure, is ended; one to come never begins."""
+    running: list[process.Guarded] = []
+
+    def run(*_: object, prompts: Path) -> object:
+        sleeping = [sys.executable, "-c", "import time; time.sleep(120)"]
+        running.append(process.Guarded(sleeping, tmp_path / f"{len(running)}.log", dict(os.environ), tmp_path))
+        while running[-1].alive():
+            time.sleep(0.01)
+        raise EngineError("it ended")
+
+    runs = conditions.Runs(tmp_path, run=run)
+    runs._pool._max_workers = 1
+    runs.begin([conditions.Condition(tiny_reference, Serving(kv_bytes=number)) for number in (1, 2)], [])
+    while not running:
+        time.sleep(0.01)
+    runs.close()
+    assert [one.code for one in running] == [-signal.SIGTERM], "not 0, as one that has slept enough"
+
+
 def test_everything_ends_with_the_interpreter(tiny_reference: Checkpoint, tmp_path: Path) -> None:
     """What still runs at the interpreter's end is ended."""
     module = (sys.executable, str(FAKE), "none")
