@@ -217,50 +217,6 @@ def test_a_setting_that_does_not_start_fails_its_own_check(monkeypatch: pytest.M
                 assert under(few).fewest_rounds == rounds.COUNTED
 
 
-@pytest.mark.parametrize(("room", "beside"), [(1, 0), (2, 0), (3, 1), (4, 2), (9, 2)])
-@pytest.mark.parametrize("broken", [False, True])
-def test_servers_of_later_targets_start_beside(
-    room: int, beside: int, broken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a later target compares starts beside, as far as there is room; what does not start there is not missed."""
-    each = (5 + 6 + 2) + (5 + 2 + 2)  # for text and for pictures
-    card_with(room * each << 30, monkeypatch)
-
-    class Picky(NoServers):
-        def several(self, wanted: list[Any]) -> list[Any]:
-            found = super().several(wanted)
-            if broken and any(one.digest == "later" for one, _ in wanted):
-                raise EngineError("a later one does not start")
-            return found
-
-    servers = Picky()
-    own = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    later = [*conditions(quantized(None), quantized("bitsandbytes", "later"), "", hopper=True)[1:], *own[:1]]
-    later += conditions(quantized(None, "other"), quantized("awq", "last"), "marlin", hopper=True)[1:]
-    contest = Contest(own, servers, 1000, None, weights=lambda _: 5 << 30)  # type: ignore[arg-type]
-    contest.start(text=True, pictures=True, then=[later[0], later[2]])
-    started = [one.digest for one, _ in servers.running]
-    assert started == ["d"] * 4 + [digest for _ in "ab" for digest in ("later", "last")[:beside]]
-    if not broken:
-        contest.start(text=True, pictures=True, then=later[1:2])
-        assert len(servers.running) == len(started), "its base is no other's"
-    contest.close()
-    assert [one.digest for one, _ in servers.running] == ["d"] * 2 + started[4:], "what comes later goes on"
-
-
-def test_targets_after() -> None:
-    """Contests to come are those of targets behind this one whose checks run servers under load."""
-    one, other, last = (Target("qwen2_5_vl", "3b", quantizer) for quantizer in ("rtn", "bnb-nf4", "awq"))
-
-    def item(target: Target, *fixtures: str) -> Any:
-        return SimpleNamespace(fixturenames=fixtures, callspec=SimpleNamespace(params={"target": target}))
-
-    items = [item(last, "memory"), item(one, "contest"), item(one, "contest"), item(other, "contest", "limits")]
-    assert throughput_under_test.targets_after(one, items) == [other]
-    assert throughput_under_test.targets_after(other, items) == []
-    assert throughput_under_test.targets_after(last, items) == []
-
-
 @pytest.mark.parametrize("chosen", [[], ["eager"], ["scheduled_in_step", "as_started"]])
 def test_settings_asked(chosen: list[str]) -> None:
     """The settings of a run are those that its tests have, each once, in their order."""
