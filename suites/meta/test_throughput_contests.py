@@ -15,6 +15,7 @@ from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.core.targets import Target
 from fixtures.engines.process import EngineError
 from fixtures.meters import rounds
+from fixtures.meters.nvml import NvmlError
 from fixtures.meters.regimes import SINGLE_STREAM, Regime
 from fixtures.meters.settings import SETTINGS, Setting
 from fixtures.options import SELECTION
@@ -126,9 +127,10 @@ def test_a_server_that_ends_under_load_says_why() -> None:
         contest(SINGLE_STREAM)
 
 
-def card_with(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first card of which so many bytes are free."""
-    monkeypatch.setattr(throughput_under_test.nvml, "card", lambda index=0: SimpleNamespace(free=free))
+def card_with(free: int, monkeypatch: pytest.MonkeyPatch, total: int = 0, cores: int = 100) -> None:
+    """A first card of which so many bytes are free, on a machine on which so many engines start side by side."""
+    monkeypatch.setattr(throughput_under_test.nvml, "card", lambda index=0: SimpleNamespace(free=free, total=total))
+    monkeypatch.setattr(throughput_under_test, "at_once", lambda: cores)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -154,32 +156,58 @@ def test_settings_have_servers_of_their_own(setting: Setting, monkeypatch: pytes
     assert len({setting.flags for setting in SETTINGS}) == len(SETTINGS)
 
 
-@pytest.mark.parametrize(("room", "at_once"), [(0, 1), (2, 2), (2.9, 2), (3, 3), (9, 5)])
-def test_servers_of_settings_start_together(room: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers of settings to come start beside those of the first, as many as there is room for; each is asked once."""
-    taken = 2 * (5 + 1 + 2) << 30  # weights, KV cache, what is beside them, of two conditions
-    card_with(int(room * taken), monkeypatch)
-    starts: list[int] = []
+class Counting(NoServers):
+    """Servers that never answer, and how many were started at a time."""
 
-    class Counting(NoServers):
-        def several(self, wanted: list[Any]) -> list[Any]:
-            before = len(self.running)
-            found = super().several(wanted)
-            starts.append(len(self.running) - before)
-            return found
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: list[int] = []
 
+    def several(self, wanted: list[Any]) -> list[Any]:
+        """Count those that do not run yet."""
+        before = len(self.running)
+        found = super().several(wanted)
+        self.starts.append(len(self.running) - before)
+        return found
+
+
+OF_A_SETTING = 2 * (5 + 1 + 2) << 30  # weights, KV cache, what is beside them, of two conditions
+
+
+@pytest.mark.parametrize(
+    ("room", "cores", "together"), [(0, 9, 1), (2, 9, 2), (2.9, 9, 2), (3, 9, 3), (9, 99, 5), (9, 9, 4), (9, 1, 1)]
+)
+def test_servers_of_settings_start_together(
+    room: float, cores: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers of settings to come start beside those of the first, as many as there is room for; each starts once."""
+    total = 140 << 30  # a tenth of which vLLM wants free as it starts
+    card_with(int(room * OF_A_SETTING + total / 10), monkeypatch, total, cores)
     servers = Counting()
     compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
     contest = Contest(compared, servers, 1000, None, weights=lambda _: 5 << 30)  # type: ignore[arg-type]
     contest.start(text=True, pictures=True)
     with contest.under(SETTINGS[1], SETTINGS):
-        assert starts[-1] == 2 * at_once
+        assert servers.starts[-1] == 2 * together
     for number, setting in enumerate(SETTINGS[2:], 1):
-        begun = sum(starts)
+        begun = len(servers.starts)
         with contest.under(setting, SETTINGS):
-            assert (sum(starts) == begun) == (number % at_once != 0), "started when their turn comes, or before"
-    assert sum(starts) == 4 + 2 * 5
+            assert (len(servers.starts) > begun) == (number % together == 0), "at their turn, or before"
+    assert sum(servers.starts) == 4 + 2 * 5
     assert len(servers.running) == 2
+
+
+def test_where_nvml_is_silent_settings_start_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without knowing how much is free, no server is started ahead of time."""
+
+    def silent(index: int = 0) -> None:
+        raise NvmlError("NVML does not start")
+
+    monkeypatch.setattr(throughput_under_test.nvml, "card", silent)
+    servers = Counting()
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
+    with Contest(compared, servers, 1000, None).under(SETTINGS[1], SETTINGS):  # type: ignore[arg-type]
+        assert servers.starts == [2]
 
 
 def test_servers_of_settings_that_never_came_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,27 +222,34 @@ def test_servers_of_settings_that_never_came_end(monkeypatch: pytest.MonkeyPatch
     assert servers.running == []
 
 
-def test_a_setting_that_does_not_start_fails_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one setting's servers do not start, those before it are measured."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_setting_that_does_not_start_fails_its_own_check(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one setting's servers do not start, all others are measured; alone, a failing start is not tried again."""
     pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
-    card_with(1 << 50, monkeypatch)
+    card_with(0 if alone else 1 << 50, monkeypatch)
+    tried: list[int] = []
 
     class Picky(NoServers):
         def several(self, wanted: list[Any]) -> list[Any]:
             if any("--enforce-eager" in serving.more for _, serving in wanted):
+                tried.append(len(wanted))
                 raise EngineError("it does not start eagerly")
             return super().several(wanted)
 
-    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    contest = Contest(compared, Picky(), 1000, None)  # type: ignore[arg-type]
-    few = Regime("few", 5, 3, 2, 4)
-    for setting in SETTINGS:
+    def measured(setting: Setting) -> int:
         with contest.under(setting, SETTINGS) as under:
-            if setting.name == "eager":
-                with pytest.raises(EngineError, match="does not start eagerly"):
-                    under(few)
-            else:
-                assert under(few).fewest_rounds == rounds.COUNTED
+            return under(Regime("few", 5, 3, 2, 4)).fewest_rounds
+
+    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
+    contest = Contest(compared, servers := Picky(), 1000, None)  # type: ignore[arg-type]
+    for setting in SETTINGS:
+        if setting.name == "eager":
+            with pytest.raises(EngineError, match="does not start eagerly"):
+                measured(setting)
+        else:
+            assert measured(setting) == rounds.COUNTED
+    assert tried == ([2] if alone else [10, 2]), "with all five, then for itself"
+    assert len(servers.running) == 2
 
 
 @pytest.mark.parametrize("chosen", [[], ["eager"], ["scheduled_in_step", "as_started"]])
