@@ -118,6 +118,7 @@ class World:
     exactly: dict[str, Tensor] = field(default_factory=lambda: {"reference": LOGPROBS, "artifact": QUANTIZED})
     transformers: Said = lambda _: RIGHT
     floor: float = NOISE
+    arithmetic: float = 0.0  # what a kernel's own does beyond it, in nats
     server: Served = field(default_factory=Served)
 
     def exact(self, checkpoint: str, *_: object) -> tuple[list[Reply], list[Taught]]:
@@ -187,8 +188,8 @@ def heard(check: Check, world: World, selection: Selection, monkeypatch: pytest.
         "adapter": SimpleNamespace(modalities=("text",)),
         "exact": Exact(),
         "noise": lambda _: world.floor,
-        "floor": lambda _: world.floor,
-        "most_of_kernels": selection.limits("serving.of_kernels", "awq"),
+        "floor": lambda _: world.floor + world.arithmetic,
+        "most_of_kernels": selection.limits("serving.of_kernels", "awq", "text"),
         "modality": "text",
         "kernel": "marlin",
         "target": Target("qwen2_5_vl", "tiny", "awq"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from fixtures.engines.replies import Taught
 from fixtures.engines.saying import taught
 from fixtures.formats import AWQ_GEMM, BNB_4BIT, BNB_8BIT
 from fixtures.options import Selection
-from fixtures.serving_under_test import Exact
+from fixtures.serving_under_test import DRAWS, Exact
 from fixtures.subjects.samples import draw
 from suites import test_serving
 from suites.test_serving import kl
@@ -121,27 +122,45 @@ def floor_of(artifact: Checkpoint, exact: Any, noise: float = 1e-6) -> float:
 
 
 def test_floor_is_noise_and_arithmetic(artifact: Checkpoint, exact: Exact) -> None:
-    """Of bitsandbytes the floor is the noise and the distance that bfloat16 makes; that is measured once."""
-    rounded = exact.in_bfloat16(artifact, VL, "text")
-    moved = kl(exact(artifact, VL, "text")[1], rounded)
-    assert 1e-6 < moved < 1e-4
-    assert floor_of(artifact, exact, noise=1e-6) == pytest.approx(1e-6 + moved)
-    assert exact.in_bfloat16(artifact, VL, "text") is rounded
+    """Of bitsandbytes the floor is the noise and the mean distance that bfloat16 makes, draw by draw; measured once."""
+    draws = exact.in_bfloat16(artifact, VL, "text")
+    moved = [kl(exact(artifact, VL, "text")[1], rounded) for rounded in draws]
+    assert len(set(moved)) == len(DRAWS) > 1
+    assert all(1e-6 < one < 1e-4 for one in moved)
+    assert floor_of(artifact, exact, noise=1e-6) == pytest.approx(1e-6 + sum(moved) / len(moved))
+    assert exact.in_bfloat16(artifact, VL, "text") is draws
+
+
+@pytest.mark.parametrize("scale", DRAWS)
+def test_draws_round_as_much_and_otherwise(model: nn.Module, artifact: Checkpoint, scale: float) -> None:
+    """A draw's linears are off what they compute exactly by as much as vLLM's own rounding, elsewhere."""
+    linear: Any = model.get_submodule(coded_linears(model, artifact, VL)[LINEAR])
+    inputs = torch.randn(256, linear.in_features, generator=torch.Generator().manual_seed(0))
+    found = []
+    with torch.inference_mode():
+        exactly = linear(inputs)
+        for by in (1.0, scale):
+            with coded_in_bfloat16(model, artifact, VL, by):
+                found.append(linear(inputs) - exactly)
+    own, drawn = (error.square().mean().sqrt() for error in found)
+    assert float(drawn / own) == pytest.approx(1, abs=0.1)
+    assert torch.equal(*found) == (scale == 1)
 
 
 @pytest.mark.parametrize("layout", [AWQ_GEMM, BNB_4BIT, BNB_8BIT], ids=["awq", "4 bits", "8 bits"])
 def test_whose_floor_is_higher(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that compute in float16, as AWQ's, get no floor but the noise."""
     monkeypatch.setattr(test_serving, "format_of", lambda _: layout)
-    apart = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    one, other = ([Taught("s", (0,), logprobs)] for logprobs in apart)
-    exact = type("Two", (), {"__call__": lambda *_: ([], one), "in_bfloat16": staticmethod(lambda *_: other)})()
+    one, *draws = ([Taught("s", (0,), torch.tensor([[p, 1 - p]]).log())] for p in (0.6, 0.5, 0.6))
+    exact = type("Two", (), {"__call__": lambda *_: ([], one), "in_bfloat16": staticmethod(lambda *_: draws)})()
     anything: Any = None
-    assert floor_of(anything, exact) == pytest.approx(1e-6 + (0 if layout is AWQ_GEMM else kl(one, other)))
+    assert floor_of(anything, exact) == pytest.approx(1e-6 + (0 if layout is AWQ_GEMM else kl(one, draws[0]) / 2))
+    draws.append([Taught("s", (0,), torch.tensor([[math.nan, math.nan]]))])
+    assert math.isnan(floor_of(anything, exact)) == (layout is not AWQ_GEMM), "not lost among the others"
 
 
 @pytest.mark.parametrize(
-    ("layout", "quantizer", "case"),
+    ("layout", "quantizer", "as_of"),
     [
         (AWQ_GEMM, "awq", "awq"),
         (AWQ_GEMM, "rtn", "rtn"),
@@ -151,13 +170,14 @@ def test_whose_floor_is_higher(layout: Any, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_whose_limit_is_which(
-    layout: Any, quantizer: str, case: str, selection: Selection, monkeypatch: pytest.MonkeyPatch
+    layout: Any, quantizer: str, as_of: str, selection: Selection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody's own 4 bits are held to what ours are; only LLM.int8(), which rounds activations, is not."""
     monkeypatch.setattr(test_serving, "format_of", lambda _: layout)
     target = Target("qwen2_5_vl", "tiny", quantizer)
-    found = test_serving.most_of_kernels.__wrapped__(None, target, selection.limits)
-    assert found == selection.limits("serving.of_kernels", case)
+    for modality in ("text", "video"):
+        found = test_serving.most_of_kernels.__wrapped__(None, target, modality, selection.limits)
+        assert found == selection.limits("serving.of_kernels", as_of, modality)
 
 
 @pytest.fixture
@@ -181,7 +201,7 @@ def test_a_linear_off_is_seen_above_bfloat16(
     artifact: Checkpoint, exact: Exact, selection: Selection, scaled: Callable[[float], list[Taught]]
 ) -> None:
     """Computing in bfloat16 holds; with the scales of one linear a tenth off it does not."""
-    most = selection.limits("serving.of_kernels", "bnb-nf4") * floor_of(artifact, exact)
+    most = selection.limits("serving.of_kernels", "bnb-nf4", "text") * floor_of(artifact, exact)
     said = exact(artifact, VL, "text")[1]
     assert kl(said, scaled(0.0)) < most
     assert kl(said, scaled(0.1)) > most

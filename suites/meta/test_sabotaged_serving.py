@@ -126,7 +126,12 @@ def ran(world: World, **kernels: str) -> None:
 
 def high_floor(world: World) -> None:
     """A noise floor that would excuse anything."""
-    world.floor = 1e-2
+    world.floor = 5e-4
+
+
+def coarse_arithmetic(world: World) -> None:
+    """A kernel's arithmetic said to be so coarse that it would excuse anything."""
+    world.arithmetic = 3e-3
 
 
 def kind_of(refusal: Refusal) -> Callable[[str], Refusal]:
@@ -192,6 +197,11 @@ PLANTED: dict[str, tuple[Check, Callable[[World], Any], str]] = {
     "an artifact that is its reference": (s.test_kl_in_bfloat16, is_its_reference, NEARER_ROUNDED),
     "a reference that is the artifact": (s.test_kl_in_bfloat16, with_itself, NEARER_ROUNDED),
     "a floor that excuses": (s.test_kernel_computes_what_is_stored, high_floor, "noise floor"),
+    "arithmetic that excuses": (
+        s.test_kernel_computes_what_is_stored,
+        coarse_arithmetic,
+        "with what the kernel's arithmetic does",
+    ),
     "a kernel off": (
         s.test_kernel_computes_what_is_stored,
         conditions("eager", logprobs=OFF),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fixtures.chosen import Selection
+from fixtures.core.targets import Target
 from fixtures.engines.offline import Recorded
 from fixtures.engines.replies import Reply, Taught, compare, paired
 from fixtures.engines.vllm_logs import Started
@@ -104,10 +105,11 @@ def recording(
 def said_by(check: Callable[..., None], selection: Selection, **given: Any) -> Verify:
     """What a check of the suite says of recordings."""
     verify = listener()
-    floor = given.pop("floor", lambda _: NOISE)
-    most = selection.limits("serving.of_kernels", "awq")
-    known = {"limits": selection.limits, "modality": "text", "noise": floor, "floor": floor, "most_of_kernels": most}
-    available = {"verify": verify, **known, **given}
+    target = Target("qwen2_5_vl", "tiny", "awq")
+    most = selection.limits("serving.of_kernels", "awq", "text")
+    known = {"limits": selection.limits, "modality": "text", "target": target, "most_of_kernels": most}
+    floors = dict.fromkeys(("noise", "floor"), lambda _: NOISE)
+    available = {"verify": verify, **known, **floors, **given}
     check(**{name: available[name] for name in check.__code__.co_varnames[: check.__code__.co_argcount]})
     return verify
 
@@ -136,13 +138,26 @@ def test_moved_distributions_are_seen(check: Callable[..., None], fault: str | N
     assert held(said_by(check, selection, artifact_recorded=recorded.__getitem__)) == (fault is None)
 
 
-@pytest.mark.parametrize(("floor", "holds"), [(NOISE, True), (1e-2, False), (math.nan, False), (0.0, False)])
-def test_a_floor_that_excuses_anything_is_seen(floor: float, holds: bool, selection: Selection) -> None:
-    """A noise floor that is high, no number or nothing does not hold: all would be within it."""
+@pytest.mark.parametrize(
+    ("noise", "floor", "holds"),
+    [
+        (NOISE, NOISE, True),
+        (NOISE, 100 * NOISE, True),  # of a kernel that computes in bfloat16
+        (1e-2, 1e-2, False),
+        (1e-2, NOISE, False),
+        (NOISE, 1e-2, False),
+        (NOISE, math.inf, False),
+        (math.nan, NOISE, False),
+        (NOISE, math.nan, False),
+        (0.0, 0.0, False),
+    ],
+)
+def test_a_floor_that_excuses_anything_is_seen(noise: float, floor: float, holds: bool, selection: Selection) -> None:
+    """A noise floor that is high, no number or nothing does not hold: all would be within it; nor does the kernel's."""
     recorded = {"decoded": recording(LOGPROBS), "eager": recording(moved(1e-3))}
     check = test_serving.test_kernel_computes_what_is_stored
-    said = said_by(check, selection, artifact_recorded=recorded.__getitem__, floor=lambda _: floor)
-    assert held(said) == holds
+    floors = {"noise": lambda _: noise, "floor": lambda _: floor}
+    assert held(said_by(check, selection, artifact_recorded=recorded.__getitem__, **floors)) == holds
 
 
 FLOORS = {"reference in float32": 0, "artifact in float32": 1, "reference, eager": 2, "graphs": 3, "decoded": 4}

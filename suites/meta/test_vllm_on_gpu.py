@@ -58,7 +58,7 @@ def test_damaged_layer_is_seen_through_the_kernel(recorded: Callable[[str], Reco
     """Scales of one linear off by a twentieth move what vLLM computes far beyond its noise; a good kernel does not."""
     taught = {name: recorded(name).taught["taught"] for name in ("reference", "graphs", "good", "damaged", "decoded")}
     noise = kl(taught["reference"], taught["graphs"])
-    limit = selection.limits("serving.of_kernels", "awq")
+    limit = selection.limits("serving.of_kernels", "awq", "image")
     assert kl(taught["decoded"], taught["good"]) < limit * noise
     assert kl(taught["decoded"], taught["damaged"]) > limit * noise
 
