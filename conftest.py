@@ -13,6 +13,7 @@ pytest_plugins = [
     "fixtures.memory_under_test",
     "fixtures.serving_under_test",
     "fixtures.throughput_under_test",
+    "fixtures.settings_under_test",
     "fixtures.verifying",
     "fixtures.expected",
     "reports.plugin",

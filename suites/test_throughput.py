@@ -19,6 +19,7 @@ from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.regimes import REGIMES, SCALED, SINGLE_STREAM, STREAMED, Regime
 from fixtures.meters.rounds import COUNTED, Recorded
 from fixtures.meters.settings import SETTINGS, Setting
+from fixtures.settings_under_test import UnderSettings
 from fixtures.throughput_under_test import Contest, kernel_of
 from fixtures.verifying import Verify
 
@@ -81,18 +82,13 @@ def test_step(contest: Contest, target: Target, limits: Limits, verify: Verify) 
 @pytest.mark.every_setting
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_vllm_settings(
-    contest: Contest,
-    target: Target,
-    setting: Setting,
-    settings_asked: Sequence[Setting],
-    limits: Limits,
-    verify: Verify,
+    under: UnderSettings, contest: Contest, target: Target, setting: Setting, limits: Limits, verify: Verify
 ) -> None:
     """However vLLM compiles, replays and schedules a step, one stream has the share of FP16's speed that is stated."""
     least = limits("throughput.settings", contest.weights_of(target), target.quantizer, setting.name)
     speed = rounds.tokens_per_second
-    with contest.under(setting, settings_asked) as under:
-        recorded = under(SINGLE_STREAM, lambda found: found.ratio(found.best(speed), speed).beside(least))
+    with under(setting) as set_so:
+        recorded = set_so(SINGLE_STREAM, lambda found: found.ratio(found.best(speed), speed).beside(least))
 
     sound(recorded, contest.expected, limits, verify)
     kept(recorded, setting, least, verify)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from fixtures.meters.bandwidth import Roofline
 from fixtures.meters.load import Timing
 from fixtures.meters.regimes import ONE_BY_ONE, SINGLE_STREAM, TOGETHER, Regime
 from fixtures.meters.rounds import COUNTED, WARM_UP, Recorded, Round
-from fixtures.meters.settings import Setting
 from fixtures.options import Selection
 from fixtures.throughput_under_test import ON, kernel_of
 from suites import test_throughput
@@ -102,10 +100,6 @@ def contest_of(what: Recorded) -> Any:
 
         def __call__(self, regime: Regime, decided: Callable[[Recorded], bool] = lambda _: True) -> Recorded:
             return what
-
-        @contextmanager
-        def under(self, setting: Setting, asked: Sequence[Setting] = ()) -> Iterator[Any]:
-            yield self
 
         def arrivals(self, name: str) -> Recorded:
             return what

@@ -15,20 +15,11 @@ from fixtures.core.intervals import UNKNOWN, Interval
 from fixtures.core.targets import Target
 from fixtures.engines.process import EngineError
 from fixtures.meters import rounds
-from fixtures.meters.nvml import NvmlError
 from fixtures.meters.regimes import SINGLE_STREAM, Regime
-from fixtures.meters.settings import SETTINGS, Setting
-from fixtures.options import SELECTION
-from fixtures.serving_under_test import pytest_collection_modifyitems
 from fixtures.throughput_under_test import Contest, conditions
 from suites import test_throughput
+from suites.meta.no_servers import NoServers, card_with, quantized
 from suites.meta.scripted import Answer, chunk, ending, serving, whole
-
-
-def quantized(method: str | None, digest: str = "d") -> Any:
-    """A checkpoint as far as choosing kernels looks at it."""
-    given = {"quant_method": method} if method else None
-    return SimpleNamespace(quantization=given, path="somewhere", digest=digest)
 
 
 @pytest.mark.parametrize(
@@ -67,34 +58,6 @@ def test_servers_cache_nothing() -> None:
             assert serving.eager is pictures
 
 
-class NoServers:
-    """Servers that never answer, and a note of what was wanted of them."""
-
-    def __init__(self, alive: bool = True) -> None:
-        self.alive = alive
-        self.running: list[Any] = []
-        self.kernels: dict[str, tuple[str, ...]] = {}
-
-    def several(self, wanted: list[Any]) -> list[Any]:
-        """Pretend that they run."""
-        self.running += [one for one in wanted if one not in self.running]
-        return [
-            SimpleNamespace(
-                url="http://127.0.0.1:9/v1",
-                model="nobody",
-                pids=frozenset,
-                alive=lambda: self.alive,
-                why_dead=lambda: "  | CUDA out of memory",
-                started=SimpleNamespace(kernels=(serving.kernel or "fp16",)),
-            )
-            for _, serving in wanted
-        ]
-
-    def stop(self, checkpoint: Any, serving: Any) -> None:
-        """Pretend that it ended."""
-        self.running = [one for one in self.running if one != (checkpoint, serving)]
-
-
 def test_contest_takes_turns_and_keeps_failures() -> None:
     """All conditions run every round, warm-up first, each regime once; servers that are deaf fail every request."""
     pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
@@ -125,155 +88,6 @@ def test_a_server_that_ends_under_load_says_why() -> None:
     contest = Contest(compared, NoServers(alive=False), 1000, None)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=r"ended under the load single_stream on marlin\n  \| CUDA out of memory"):
         contest(SINGLE_STREAM)
-
-
-def card_with(free: int, monkeypatch: pytest.MonkeyPatch, total: int = 0, cores: int = 100) -> None:
-    """A first card of which so many bytes are free, on a machine on which so many engines start side by side."""
-    monkeypatch.setattr(throughput_under_test.nvml, "card", lambda index=0: SimpleNamespace(free=free, total=total))
-    monkeypatch.setattr(throughput_under_test, "at_once", lambda: cores)
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_settings_have_servers_of_their_own(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a setting every condition has a server with its flags, which ends; as vLLM starts, those that are there."""
-    card_with(0, monkeypatch)
-    servers = NoServers()
-    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    contest = Contest(compared, servers, 1000, None)  # type: ignore[arg-type]
-    contest.start(text=True, pictures=True)
-    text = [(one.checkpoint, one.serving(pictures=False)) for one in compared]
-    with contest.under(setting, SETTINGS) as under:
-        own = [serving for checkpoint, serving in servers.running if (checkpoint, serving) not in text]
-        assert under.names == contest.names
-        if setting.flags:
-            assert [serving.more[-len(setting.flags) :] for serving in own] == [setting.flags] * 2, "and no other's"
-            before = list(servers.running)
-            under.start(text=True, pictures=False)
-            assert servers.running == before, "those are the ones that it asks"
-        else:
-            assert under is contest
-    assert [one for one in servers.running if not one[1].media] == text
-    assert len({setting.flags for setting in SETTINGS}) == len(SETTINGS)
-
-
-class Counting(NoServers):
-    """Servers that never answer, and how many were started at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.starts: list[int] = []
-
-    def several(self, wanted: list[Any]) -> list[Any]:
-        """Count those that do not run yet."""
-        before = len(self.running)
-        found = super().several(wanted)
-        self.starts.append(len(self.running) - before)
-        return found
-
-
-OF_A_SETTING = 2 * (5 + 1 + 2) << 30  # weights, KV cache, what is beside them, of two conditions
-
-
-@pytest.mark.parametrize(
-    ("room", "cores", "together"), [(0, 9, 1), (2, 9, 2), (2.9, 9, 2), (3, 9, 3), (9, 99, 5), (9, 9, 4), (9, 1, 1)]
-)
-def test_servers_of_settings_start_together(
-    room: float, cores: int, together: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Servers of settings to come start beside those of the first, as many as there is room for; each starts once."""
-    total = 140 << 30  # a tenth of which vLLM wants free as it starts
-    card_with(int(room * OF_A_SETTING + total / 10), monkeypatch, total, cores)
-    servers = Counting()
-    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    contest = Contest(compared, servers, 1000, None, weights=lambda _: 5 << 30)  # type: ignore[arg-type]
-    contest.start(text=True, pictures=True)
-    with contest.under(SETTINGS[1], SETTINGS):
-        assert servers.starts[-1] == 2 * together
-    for number, setting in enumerate(SETTINGS[2:], 1):
-        begun = len(servers.starts)
-        with contest.under(setting, SETTINGS):
-            assert (len(servers.starts) > begun) == (number % together == 0), "at their turn, or before"
-    assert sum(servers.starts) == 4 + 2 * 5
-    assert len(servers.running) == 2
-
-
-def test_where_nvml_is_silent_settings_start_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without knowing how much is free, no server is started ahead of time."""
-
-    def silent(index: int = 0) -> None:
-        raise NvmlError("NVML does not start")
-
-    monkeypatch.setattr(throughput_under_test.nvml, "card", silent)
-    servers = Counting()
-    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    with Contest(compared, servers, 1000, None).under(SETTINGS[1], SETTINGS):  # type: ignore[arg-type]
-        assert servers.starts == [2]
-
-
-def test_servers_of_settings_that_never_came_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a run stops before their turn, servers that were started for settings end with the contest."""
-    card_with(1 << 50, monkeypatch)
-    servers = NoServers()
-    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    contest = Contest(compared, servers, 1000, None)  # type: ignore[arg-type]
-    with contest.under(SETTINGS[1], SETTINGS):
-        assert len(servers.running) == 2 * 5
-    contest.close()
-    assert servers.running == []
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_setting_that_does_not_start_fails_its_own_check(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one setting's servers do not start, all others are measured; alone, a failing start is not tried again."""
-    pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
-    card_with(0 if alone else 1 << 50, monkeypatch)
-    tried: list[int] = []
-
-    class Picky(NoServers):
-        def several(self, wanted: list[Any]) -> list[Any]:
-            if any("--enforce-eager" in serving.more for _, serving in wanted):
-                tried.append(len(wanted))
-                raise EngineError("it does not start eagerly")
-            return super().several(wanted)
-
-    def measured(setting: Setting) -> int:
-        with contest.under(setting, SETTINGS) as under:
-            return under(Regime("few", 5, 3, 2, 4)).fewest_rounds
-
-    compared = conditions(quantized(None), quantized("awq"), "marlin", hopper=True)
-    contest = Contest(compared, servers := Picky(), 1000, None)  # type: ignore[arg-type]
-    for setting in SETTINGS:
-        if setting.name == "eager":
-            with pytest.raises(EngineError, match="does not start eagerly"):
-                measured(setting)
-        else:
-            assert measured(setting) == rounds.COUNTED
-    assert tried == ([2] if alone else [10, 2]), "with all five, then for itself"
-    assert len(servers.running) == 2
-
-
-@pytest.mark.parametrize("chosen", [[], ["eager"], ["scheduled_in_step", "as_started"]])
-def test_settings_asked(chosen: list[str]) -> None:
-    """The settings of a run are those that its tests have, each once, in their order."""
-    by_name = {setting.name: setting for setting in SETTINGS}
-    params: list[Any] = [{"setting": by_name[name], "target": of} for of in ("rtn", "nf4") for name in chosen]
-    tests = [SimpleNamespace(callspec=SimpleNamespace(params=one)) for one in [{"regime": SINGLE_STREAM}, *params]]
-    request: Any = SimpleNamespace(session=SimpleNamespace(items=[SimpleNamespace(), *tests]))
-    found = throughput_under_test.settings_asked.__wrapped__(request)
-    assert [setting.name for setting in found] == chosen
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_settings_are_measured_where_asked_for(asked: bool) -> None:
-    """Minutes of other settings are collected with --every-setting alone."""
-    marked: Any = SimpleNamespace(get_closest_marker=lambda name: name == "every_setting" or None)
-    config: Any = SimpleNamespace(
-        stash={SELECTION: SimpleNamespace(tensor_parallel=1)},
-        option=SimpleNamespace(quantizer=None, every_setting=asked),
-    )
-    items = [marked]
-    pytest_collection_modifyitems(config, items)
-    assert items == [marked] * asked
 
 
 @pytest.mark.parametrize("cards", [1, 2])
