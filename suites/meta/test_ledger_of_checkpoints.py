@@ -14,13 +14,15 @@ from fixtures.adapters import ADAPTERS
 from fixtures.adapters.view import HubView
 from fixtures.core.checkpoint import Checkpoint
 from fixtures.core.errors import UserError
+from fixtures.core.pseudo_quantize import Scheme
 from fixtures.engines import packed
 from fixtures.engines.loading import load_by_transformers, load_model
 from fixtures.faults.editing import copied, edit_tensor
 from fixtures.meters import ledger as command
 from fixtures.meters.census import tensors_of
 from fixtures.meters.fitting import Room, by_precision, would_fit
-from fixtures.meters.held import Held, Ledger, in_vllm, kv_per_token, of_checkpoint, rounding
+from fixtures.meters.held import Held, Ledger, in_vllm, kv_per_token, of_checkpoint, rounding, towers_in_vllm
+from fixtures.meters.ledger import predicted
 from fixtures.meters.vram import loading_dtype
 from fixtures.options import Selection
 from fixtures.quantizers import recipe_for
@@ -245,6 +247,20 @@ def test_what_would_fit_on_several() -> None:
     assert "bnb" not in said, "vLLM refuses to share them"
     assert "bnb" in would_fit(adapter, config, Room(9 << 30))
     assert "this one in 16 bits" not in would_fit(adapter, config, Room(9 << 30))
+
+
+def test_what_would_fit_into_vllm() -> None:
+    """What vLLM does not load need not fit: of Omni the talker and the vocoder, towers whose media are not served."""
+    adapter, config = ADAPTERS["qwen2_5_omni"], published_config("qwen2_5_omni-7b")
+    always = {"language_model", "lm_head"}
+    assert towers_in_vllm(adapter, config) == always
+    assert towers_in_vllm(adapter, config, [("image", 1), ("audio", 0)]) == {*always, "visual"}
+    every = towers_in_vllm(adapter, config, [("video", 1), ("audio", 2)])
+    assert every == {*always, "visual", "audio_tower"}
+    thinker = {one.tower: one.before for one in predicted(adapter, config, Scheme()) if one.tower in every}
+    assert by_precision(adapter, config, towers=every)["16 bits"] == sum(thinker.values())
+    assert "this one in 16 bits (16.6 GiB)" in would_fit(adapter, config, Room(18 << 30), every), "8.9 G parameters"
+    assert "this one in 16 bits" not in would_fit(adapter, config, Room(18 << 30))
 
 
 # -- packed weights ----------------------------------------------------------------------------------------------------
