@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def judge(verify: Verify, compared: Compared, limits: Limits, tokens: str, case:
     verify.table("Divergences", ("sample", "token", "one says", "the other", "nats apart"), rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def noise(
     reference_recorded: Recordings,
     artifact_recorded: Recordings,
@@ -73,6 +74,7 @@ def noise(
     The largest of three: transformers in float32 against vLLM, of each; and vLLM's two ways with the reference.
     """
 
+    @cache
     def of(modality: str) -> float:
         name = f"{modality}-taught"
         eager, graphs, decoded = (
@@ -90,13 +92,14 @@ def noise(
     return of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def floor(noise: NoiseOf, artifact: Checkpoint, adapter: Adapter, exact: Exact) -> NoiseOf:
     """The noise floor of what a kernel decodes: with what its own arithmetic does, where that is not float16.
 
     vLLM computes bitsandbytes' linears in bfloat16. What that does to a model depends on the model, and is measured.
     """
 
+    @cache
     def of(modality: str) -> float:
         if format_of(artifact).method != "bitsandbytes":
             return noise(modality)

@@ -23,7 +23,6 @@ class NoServers:
     def __init__(self, alive: bool = True) -> None:
         self.alive = alive
         self.running: list[Any] = []
-        self.kernels: dict[str, tuple[str, ...]] = {}
 
     def several(self, wanted: list[Any]) -> list[Any]:
         """Pretend that they run."""

@@ -38,7 +38,7 @@ def test_settings_have_servers_of_their_own(setting: Setting, monkeypatch: pytes
     servers = NoServers()
     contest = contest_of(servers)
     contest.start(text=True, pictures=True)
-    text = contest.servers_for_text()
+    text = contest.servers_of(pictures=False)
     with under_settings(servers, contest)(setting) as under:
         own = [serving for checkpoint, serving in servers.running if (checkpoint, serving) not in text]
         assert under.names == contest.names
